@@ -1,0 +1,63 @@
+# Everything runs in .venv, which the first target that needs it sets up; later runs find the stamps and start at once.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+ARGS ?=
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+# Shells use a variable ENV of their own: only one given to make counts.
+ifeq ($(origin ENV),command line)
+ENV_ARGS := --env-id $(ENV)
+endif
+
+# Two processes whose idle threads spin take each other's cores.
+export OMP_WAIT_POLICY ?= passive
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev train test lint pytest format clean distclean
+
+help: ## Show this list.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+train: .venv/.installed ## Train the tiny agent. ENV=<environment id>, ARGS="--seed 3" (ARGS="--help" lists all).
+	$(BIN)/trace-envs train $(ENV_ARGS) $(ARGS)
+
+test: lint pytest ## Run all checks and tests. WORKERS=0 runs in one process; PYTEST_ARGS="-k name" selects.
+
+lint: .venv/.installed-dev ## Check style, types and spelling.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+pytest: .venv/.installed-dev lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+format: .venv/.installed-dev ## Rewrite the code in the project's style.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: .venv/.installed ## Set up .venv for use.
+install-dev: .venv/.installed-dev ## Set up .venv for work on the project.
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; name one: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	@echo "Setting up .venv (once; a few minutes, most of them for torch)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) $(TORCH)
+	$(PIP) --editable .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+clean: ## Remove build products and caches; keep .venv and runs.
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find trace_envs allocation agents benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Also remove .venv.
+	rm -rf .venv

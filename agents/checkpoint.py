@@ -1,0 +1,130 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+
+Invariant: a checkpoint directory either is complete or does not exist: it is written under another name, flushed to disk and
+renamed. Arrays are in safetensors, all else in JSON; nothing that is read is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+FORMAT_VERSION = 1
+_TENSOR, _PAIRS, _NUMPY = "__tensor__", "__pairs__", "__numpy__"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, foreign, or of another version; the message names the file."""
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Replaces arrays by references, and collects them."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        is_numpy = isinstance(value, np.ndarray)
+        tensors[path] = torch.from_numpy(np.ascontiguousarray(value)) if is_numpy else value.detach().cpu().contiguous()
+        return {_TENSOR: path, _NUMPY: is_numpy}
+    if isinstance(value, Mapping):
+        if all(isinstance(k, str) for k in value):
+            return {k: _flatten(v, f"{path}/{k}", tensors) for k, v in value.items()}
+        return {_PAIRS: [[k, _flatten(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{path or 'the state'} holds a {type(value).__name__}, which a checkpoint cannot keep")
+
+
+def _restore(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            tensor = tensors[value[_TENSOR]]
+            return tensor.numpy() if value[_NUMPY] else tensor
+        if _PAIRS in value:
+            return {k: _restore(v, tensors) for k, v in value[_PAIRS]}
+        return {k: _restore(v, tensors) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_restore(v, tensors) for v in value]
+    return value
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(
+    directory: Path, update: int, model: Any, tokenizer: Any, state: Mapping[str, Any], *, keep: int = 2
+) -> Path:
+    """Writes a checkpoint and removes the oldest ones.
+
+    Args:
+        directory: Where checkpoints live; the new one is `update-<number>` in it.
+        update: Number of policy updates done.
+        model: Saved as a transformers folder, so that a checkpoint can be loaded like any model.
+        tokenizer: Saved beside it.
+        state: Arrays and plain data, nested.
+        keep: How many checkpoints stay.
+
+    Returns:
+        The checkpoint's directory.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    final, temporary = directory / f"update-{update:06d}", directory / f".writing-{update:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    tensors: dict[str, torch.Tensor] = {}
+    plain = _flatten(state, "", tensors)
+    # Tensors that share memory are refused by safetensors; a checkpoint keeps each as its own.
+    save_file({k: v.clone() for k, v in tensors.items()}, temporary / "trainer.safetensors")
+    (temporary / "trainer.json").write_text(json.dumps({"version": FORMAT_VERSION, "update": update, "state": plain}))
+    for file in temporary.iterdir():
+        _sync(file)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    _sync(directory)
+    for old in list_checkpoints(directory)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Returns the complete checkpoints, oldest first."""
+    return sorted(p for p in directory.glob("update-*") if p.is_dir())
+
+
+def load_checkpoint(path: Path) -> tuple[int, dict[str, Any]]:
+    """Reads a checkpoint's trainer state.
+
+    Returns:
+        The number of updates done, and the state.
+
+    Raises:
+        CheckpointError: A file is missing, cut short, or of another version.
+    """
+    try:
+        record = json.loads((path / "trainer.json").read_text())
+        tensors = load_file(path / "trainer.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be read ({error}); remove it to use an earlier one"
+        ) from error
+    if record.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint {path} has version {record.get('version')}, this release reads version {FORMAT_VERSION}"
+        )
+    return int(record["update"]), _restore(record["state"], tensors)

@@ -1,0 +1,301 @@
+"""`trace-envs train | evaluate | show | bench`.
+
+Invariant: a mistake of the user ends in one sentence on standard error and status 2; an interrupt ends with a checkpoint and
+status 130.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium as gym
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import trace_envs
+from agents.config import TrainConfig, load_config, to_dict
+from agents.display import before_after_table
+from agents.evaluate import evaluate
+from agents.policies import SCRIPTS, Policy, ScriptedPolicy, TransformersPolicy
+from agents.report import write_report
+from agents.runlog import METRICS, read_jsonl
+from trace_envs.snapshots import SnapshotUnsupportedError
+
+Config = Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Trains an agent.
+
+    Attributes:
+        train: Settings of the run.
+        config: Read the settings from a saved config.yaml; what is given on the command line wins.
+        resume: Go on from the latest checkpoint of the run `runs/<name>`.
+        dry_run: Print the resolved settings and stop.
+    """
+
+    train: Config
+    config: Path | None = None
+    resume: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluateArgs:
+    """Evaluates a scripted agent or a model on an environment.
+
+    Attributes:
+        env_id: Gymnasium environment.
+        dataset: Data set: synthetic, hotpotqa, 2wikimultihopqa, musique or bamboogle.
+        data_path: File with the questions of a real data set.
+        corpus_path: File with the passages to search; the questions' own contexts if it is left out.
+        split: Split of the data set.
+        agent: A scripted agent, `oracle` or `bm25`, or `model`.
+        model: With `--agent model`: `tiny`, a local folder, or a hub id.
+        top_k: Passages that a search returns.
+        max_turns: Turns after which an episode is truncated.
+        action_format: `hermes`, `react` or `tags`.
+        system_prompt: First message; the format's instructions if it is left out.
+        limit: Evaluate the first so many questions; 0 for all.
+        temperature: Sampling temperature of a model; 0 is greedy.
+        max_new_tokens: Token limit of one turn of a model.
+        num_envs: Episodes that run side by side.
+        seed: Seeds everything random.
+        output: Also write the figures to this file, as JSON.
+    """
+
+    env_id: str = "TraceMultiHopQA-v0"
+    dataset: str = "synthetic"
+    data_path: str | None = None
+    corpus_path: str | None = None
+    split: str = "test"
+    agent: str = "oracle"
+    model: str = "tiny"
+    top_k: int = 3
+    max_turns: int = 10
+    action_format: str = "hermes"
+    system_prompt: str | None = None
+    limit: int = 0
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+    num_envs: int = 64
+    seed: int = 0
+    output: Path | None = None
+
+
+@dataclass(frozen=True)
+class ShowArgs:
+    """Shows a run: the gain by hops, and where its report is.
+
+    Attributes:
+        run: Directory of the run, such as runs/trace.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+
+
+@dataclass(frozen=True)
+class BenchArgs:
+    """Runs a benchmark of a clone of the repository: `trace-envs bench NAME [arguments]`.
+
+    Attributes:
+        name: Name of a module in benchmarks/.
+    """
+
+    name: Annotated[str, tyro.conf.Positional]
+
+
+def train(argv: Sequence[str]) -> int:
+    """Runs `trace-envs train`."""
+    from agents.trainer import Trainer
+
+    default = TrainConfig()
+    for i, word in enumerate(argv):
+        if word == "--config" and i + 1 < len(argv):
+            default = load_config(argv[i + 1])
+        elif word.startswith("--config="):
+            default = load_config(word.removeprefix("--config="))
+    args = _parse(TrainArgs, argv, "train", default=TrainArgs(train=default))
+    config = args.train
+    console = Console()
+    if args.dry_run:
+        import yaml
+
+        console.print(yaml.safe_dump(to_dict(config), sort_keys=False), markup=False, highlight=False)
+        return 0
+    trainer = Trainer(config, resume=args.resume)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    console.print(
+        f"{config.env_id}: {config.allocator} on a model of {parameters:,} parameters, {config.updates} updates of "
+        f"{config.budget} rollouts, seed {config.seed}; writing to {config.directory}"
+    )
+    try:
+        before, after = trainer.run()
+    except KeyboardInterrupt:
+        console.print(
+            f"interrupted after update {trainer.update}; go on with: trace-envs train --resume --name {config.name} "
+            f"--config {config.directory / 'config.yaml'}"
+        )
+        return 130
+    finally:
+        trainer.log.close()
+    report = write_report(config.directory)
+    console.print(before_after_table(before, after))
+    total = trainer.total
+    console.print(
+        f"{total.root_rollouts + total.continuations:,} rollouts ({total.continuations:,} continuations), "
+        f"{total.generated_tokens:,} tokens sampled; report: {report}"
+    )
+    return 0
+
+
+def evaluate_command(argv: Sequence[str]) -> int:
+    """Runs `trace-envs evaluate`."""
+    args = _parse(EvaluateArgs, argv, "evaluate")
+    known = {
+        "dataset": args.dataset,
+        "data_path": args.data_path,
+        "corpus_path": args.corpus_path,
+        "split": args.split,
+        "top_k": args.top_k,
+        "max_turns": args.max_turns,
+        "action_format": args.action_format,
+        "system_prompt": args.system_prompt,
+    }
+    env = gym.make(args.env_id, disable_env_checker=True, **known)
+    task_ids = list(env.unwrapped.task_ids())  # type: ignore[attr-defined]
+    task_ids = task_ids[: args.limit] if args.limit else task_ids
+    policy = _policy(args)
+    console = Console()
+    record = evaluate(policy, args.env_id, known, task_ids, num_envs=args.num_envs, seed=args.seed)
+    console.print(_evaluation_table(args, record))
+    if args.output is not None:
+        args.output.write_text(json.dumps(record, indent=2) + "\n")
+    return 0
+
+
+def _policy(args: EvaluateArgs) -> Policy:
+    if args.agent in SCRIPTS:
+        return ScriptedPolicy(args.agent, action_format=args.action_format, seed=args.seed)
+    if args.agent != "model":
+        raise ValueError(f"unknown agent {args.agent!r}; known: {', '.join([*SCRIPTS, 'model'])}")
+    from agents.models import load_model
+
+    model, tokenizer = load_model(args.model)
+    return TransformersPolicy(
+        model, tokenizer, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed
+    )
+
+
+def _evaluation_table(args: EvaluateArgs, record: dict[str, Any]) -> Table:
+    name = args.agent if args.agent in SCRIPTS else args.model
+    table = Table(title=f"{name} on {args.dataset}, {record['eval/questions']} questions")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    labels = {
+        "eval/em": "exact match",
+        "eval/f1": "F1",
+        "eval/supporting_recall": "recall of supporting passages",
+    }
+    for key, label in labels.items():
+        if key in record:
+            table.add_row(label, f"{100 * record[key]:.1f} %")
+    table.add_row("turns", f"{record['eval/turns']:.2f}")
+    table.add_row("tool errors", f"{record['eval/tool_errors']:.2f}")
+    table.add_row("out of turns", f"{100 * record['eval/truncated']:.1f} %")
+    for key, value in record.items():
+        if key.startswith("eval/accuracy_by_hops/"):
+            hops = key.rsplit("/", 1)[1]
+            count = record[f"eval/questions_by_hops/{hops}"]
+            table.add_row(
+                f"accuracy, {hops} hops ({count})" if hops != "0" else f"accuracy ({count})", f"{100 * value:.1f} %"
+            )
+    return table
+
+
+def show(argv: Sequence[str]) -> int:
+    """Runs `trace-envs show`."""
+    args = _parse(ShowArgs, argv, "show")
+    if not (args.run / METRICS).is_file():
+        raise FileNotFoundError(f"{args.run} is no run (no {METRICS}); runs are directories such as runs/trace")
+    records = [r for r in read_jsonl(args.run / METRICS) if "eval/accuracy" in r]
+    console = Console()
+    if len(records) > 1:
+        console.print(before_after_table(records[0], records[-1]))
+    console.print(f"report: {write_report(args.run)}")
+    return 0
+
+
+def bench(argv: Sequence[str]) -> int:
+    """Runs `trace-envs bench`."""
+    import importlib.util
+    import runpy
+
+    args = _parse(BenchArgs, argv[:1], "bench")
+    sys.path.insert(0, str(Path.cwd()))
+    if importlib.util.find_spec("benchmarks") is None:
+        raise FileNotFoundError("there is no benchmarks/ here; run this command in a clone of the repository")
+    module = f"benchmarks.{args.name}"
+    if importlib.util.find_spec(module) is None:
+        known = sorted(p.stem for p in Path("benchmarks").glob("[a-z]*.py"))
+        raise ValueError(f"unknown benchmark {args.name!r}; known: {', '.join(known)}")
+    sys.argv = [module, *argv[1:]]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return 0
+
+
+def _parse(cls: type, argv: Sequence[str], command: str, **kwargs: Any) -> Any:
+    return tyro.cli(cls, args=list(argv), prog=f"trace-envs {command}", **kwargs)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate_command,
+    "show": show,
+    "bench": bench,
+}
+
+USAGE = """usage: trace-envs {train,evaluate,show,bench} [arguments]
+
+  train      train an agent (without arguments: the tiny agent on TraceMultiHopQA-v0, about five minutes on two cores)
+  evaluate   score a scripted agent or a model on a data set
+  show       print a run's gain and write its report
+  bench      run a benchmark of a clone
+
+'trace-envs COMMAND --help' lists the arguments of a command and their defaults."""
+
+
+def run_safely(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Runs a command; a user's mistake becomes one sentence and status 2."""
+    try:
+        return command(argv)
+    except (ValueError, KeyError, FileNotFoundError, FileExistsError, SnapshotUnsupportedError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"error: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `trace-envs`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    trace_envs.register_envs()
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"error: unknown command {argv[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return run_safely(COMMANDS[argv[0]], argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Evaluation: one rollout for each question, scored as the environment scores it.
+
+Invariant: every question is asked once, in the order given, through the same wrapper that training uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from agents.policies.base import Policy, collect
+from allocation import Forest, Root, TreeAllocationWrapper, UniformAllocator
+
+CHUNK = 512
+
+
+def make_vector(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vector.SyncVectorEnv:
+    """Returns a synchronous vector of bare environments (no passive checker: it checks every step of every slot)."""
+    return gym.vector.SyncVectorEnv([lambda: gym.make(env_id, disable_env_checker=True, **env_kwargs)] * num_envs)
+
+
+def evaluate(
+    policy: Policy,
+    env_id: str,
+    env_kwargs: dict[str, Any],
+    task_ids: Sequence[str],
+    *,
+    num_envs: int = 64,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Runs a policy once on each task.
+
+    Args:
+        policy: The policy.
+        env_id: Registered id of the environment.
+        env_kwargs: Its arguments.
+        task_ids: Tasks to run.
+        num_envs: Slots that run side by side.
+        seed: Seeds the environments.
+        progress: Called with the number of tasks finished so far.
+
+    Returns:
+        A record with `eval/accuracy` (the mean over numbers of hops where tasks have them, so that every length counts the
+        same), `eval/accuracy_all` (the mean over tasks), `eval/turns`, `eval/tool_errors`, `eval/truncated`, every score of
+        the outcome (`eval/em`, `eval/f1`, `eval/supporting_recall`, ...), and by hops `eval/accuracy_by_hops/<h>` and
+        `eval/questions_by_hops/<h>`.
+    """
+    if not task_ids:
+        raise ValueError("no task to evaluate on")
+    envs = make_vector(env_id, min(num_envs, len(task_ids)), env_kwargs)
+    leaves: list[tuple[int, Any]] = []
+    for start in range(0, len(task_ids), CHUNK):
+        chunk = task_ids[start : start + CHUNK]
+        wrapper = TreeAllocationWrapper(envs, allocator=UniformAllocator(1), budget=len(chunk))
+        roots = [Root(seed + start + i, {"task_id": t}) for i, t in enumerate(chunk)]
+        leaves += _leaves(collect(wrapper, policy, seed=seed, roots=roots))
+        if progress is not None:
+            progress(len(leaves))
+    envs.close()
+    return summary(leaves)
+
+
+def _leaves(forest: Forest) -> list[tuple[int, Any]]:
+    return [(int(tree.info.get("hops", 0)), leaf) for tree in forest for leaf in tree.leaves()]
+
+
+def summary(leaves: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+    """Returns the record of `evaluate` for (hops, terminal node) pairs."""
+    correct = np.array([bool(leaf.is_correct) for _, leaf in leaves], dtype=float)
+    hops = np.array([h for h, _ in leaves])
+    record: dict[str, Any] = {
+        "eval/accuracy_all": float(correct.mean()),
+        "eval/questions": len(leaves),
+        "eval/turns": float(np.mean([leaf.depth for _, leaf in leaves])),
+        "eval/tool_errors": float(np.mean([leaf.tool_errors for _, leaf in leaves])),
+        "eval/truncated": float(np.mean([leaf.truncated for _, leaf in leaves])),
+    }
+    for name in sorted({name for _, leaf in leaves for name in leaf.components or ()}):
+        record[f"eval/{name}"] = float(np.mean([(leaf.components or {}).get(name, 0.0) for _, leaf in leaves]))
+    by_hops = {int(h): float(correct[hops == h].mean()) for h in np.unique(hops)}
+    record["eval/accuracy"] = float(np.mean(list(by_hops.values())))
+    for h, accuracy in by_hops.items():
+        record[f"eval/accuracy_by_hops/{h}"] = accuracy
+        record[f"eval/questions_by_hops/{h}"] = int((hops == h).sum())
+    return record

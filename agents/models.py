@@ -1,0 +1,44 @@
+"""Where models come from: the shipped tiny agent, a local folder, or a model hub.
+
+Invariant: weights are read from safetensors only; no code that comes with a model is run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ASSETS = Path(__file__).parent / "assets"
+SHIPPED = {"tiny": ASSETS / "tiny-multihop"}
+"""Models that come with the package, by name."""
+
+
+def load_model(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
+    """Loads a causal language model and its tokenizer.
+
+    Args:
+        name: `tiny` (the shipped warm start), a local folder in transformers' format, or a hub id.
+        device: Where the model goes.
+        dtype: A torch dtype by name, or `auto` for the one it was saved in.
+
+    Returns:
+        The model, in evaluation mode, and the tokenizer.
+
+    Raises:
+        FileNotFoundError: A local folder was named and is not there, or holds no `config.json`.
+        OSError: The hub does not have the model or cannot be reached.
+    """
+    source = str(SHIPPED.get(name, name))
+    looks_local = name in SHIPPED or name.startswith((".", "/", "~")) or Path(name).exists()
+    if looks_local:
+        source = str(Path(source).expanduser())
+        if not (Path(source) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{source} is no model folder (no config.json); --model takes one of {', '.join(SHIPPED)}, a folder saved "
+                f"with save_pretrained, or a hub id"
+            )
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+    return model.to(device).eval(), tokenizer

@@ -1,0 +1,116 @@
+"""A key-value cache for rows of different lengths, for any transformers model that takes a 4-D attention mask.
+
+Invariant: row r holds valid keys at positions [0, lengths[r]) and nothing else is ever attended to; there is no padding
+between a row's tokens, so a row can be cut out, stored, and laid into another batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+
+class _RaggedLayer(CacheLayerMixin):
+    """Writes each row's new keys behind its old ones."""
+
+    def __init__(self, owner: RaggedCache):
+        super().__init__()
+        self._owner = owner
+        self.index = -1
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """The owner allocates."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scatters [rows, heads, new, dim] behind each row's length; returns everything up to the longest row."""
+        owner = self._owner
+        data = owner.reserve(key_states)
+        keys, values = data[2 * self.index], data[2 * self.index + 1]
+        if key_states.shape[2] == 1:
+            keys[owner.rows, :, owner.lengths] = key_states[:, :, 0]
+            values[owner.rows, :, owner.lengths] = value_states[:, :, 0]
+        else:
+            position = owner.lengths[:, None] + torch.arange(key_states.shape[2], device=key_states.device)
+            keys[owner.rows[:, None], :, position] = key_states.transpose(1, 2)
+            values[owner.rows[:, None], :, position] = value_states.transpose(1, 2)
+        return keys[:, :, : owner.width], values[:, :, : owner.width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Unused: masks are given in four dimensions."""
+        return self._owner.width, 0
+
+    def get_seq_length(self) -> int:
+        """Unused: positions are given."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """No limit of its own."""
+        return -1
+
+
+class RaggedCache(Cache):
+    """Keys and values of a batch of rows.
+
+    Args:
+        num_layers: Layers of the model.
+        lengths: Tokens held by each row, int64 [rows].
+        capacity: Positions to reserve for each row.
+
+    Attributes:
+        data: Float [2 * layers, rows, heads, capacity, dim]: keys of layer l at 2l, values at 2l + 1. `None` before the first
+            forward pass if nothing was laid in.
+        width: Keys that the next forward pass may attend to; set by `prepare`.
+    """
+
+    def __init__(self, num_layers: int, lengths: torch.Tensor, capacity: int):
+        layers = [_RaggedLayer(self) for _ in range(num_layers)]
+        for index, layer in enumerate(layers):
+            layer.index = index
+        super().__init__(layers=layers)
+        self.lengths = lengths
+        self.rows = torch.arange(len(lengths), device=lengths.device)
+        self.capacity = capacity
+        self.width = 0
+        self.data: torch.Tensor | None = None
+
+    def reserve(self, like: torch.Tensor) -> torch.Tensor:
+        """Returns the buffer, allocating it in the shape of [rows, heads, _, dim] if there is none yet."""
+        if self.data is None:
+            rows, heads, _, dim = like.shape
+            shape = (2 * len(self.layers), rows, heads, self.capacity, dim)
+            # Zeros, not uninitialised memory: a masked position is multiplied by a probability of 0, and 0 * NaN is NaN.
+            self.data = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return self.data
+
+    def lay(self, row: int, start: int, segment: torch.Tensor) -> None:
+        """Copies a stored segment, float [2 * layers, heads, n, dim], into a row from position `start`."""
+        if self.data is None:
+            self.reserve(segment.new_empty(len(self.lengths), segment.shape[1], 1, segment.shape[3]))
+        assert self.data is not None
+        self.data[:, row, :, start : start + segment.shape[2]] = segment
+
+    def cut(self, row: int, start: int, stop: int) -> torch.Tensor:
+        """Returns a copy of a row's positions [start, stop), float [2 * layers, heads, stop - start, dim]."""
+        assert self.data is not None
+        return self.data[:, row, :, start:stop].clone()
+
+    def prepare(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns mask and positions for `new` tokens a row, at most.
+
+        Returns:
+            Boolean mask [rows, 1, new, width] (true: attend) and positions int64 [rows, new].
+        """
+        position = self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
+        self.width = int(self.lengths.max()) + new
+        mask = torch.arange(self.width, device=self.lengths.device) <= position[:, :, None]
+        return mask[:, None], position
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps (or repeats) the given rows, in their order."""
+        assert self.data is not None
+        self.data = self.data.index_select(1, rows)
+        self.lengths = self.lengths.index_select(0, rows)
+        self.rows = torch.arange(len(rows), device=rows.device)

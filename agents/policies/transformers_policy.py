@@ -1,0 +1,317 @@
+"""A policy that samples from any causal language model of transformers, keeping keys and values along the tree.
+
+Invariant: each token of a forest is computed once (but for the last token of a prefix that is branched, which is fed again
+to see what follows it); the ids in a `Sample` are the ids that were sampled.
+
+How a turn goes: the distinct prefixes of the batch are assembled from stored segments, their new tokens are computed, rows
+are repeated where several rollouts leave one prefix, and the batch is decoded token by token. A node's segment holds the
+keys and values of its action and of what the environment answered; segments live as long as their tree, or until the
+weights change (`reset_cache`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.policies.chat import ChatCodec, new_messages
+from agents.policies.ragged_cache import RaggedCache
+from allocation import Context, Sample, Tree
+
+# Rows that have finished are dropped from the batch once they make up this share of it: dropping copies the cache.
+COMPACT_SHARE = 0.4
+
+
+class TransformersPolicy:
+    """Samples actions from a causal language model.
+
+    Args:
+        model: A transformers causal language model; it is put into evaluation mode while sampling.
+        tokenizer: Its tokenizer, with a chat template.
+        max_new_tokens: Token limit of one action.
+        temperature: 0 is greedy. Log-probs are those of the distribution that was sampled from.
+        seed: Seeds the sampling.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_new_tokens: int = 64, temperature: float = 1.0, seed: int = 0
+    ):
+        if temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {temperature}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        self.model, self.codec = model, ChatCodec(tokenizer)
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.max_length = int(getattr(model.config, "max_position_embeddings", 1 << 30))
+        self.generator = torch.Generator(device=model.device).manual_seed(seed)
+        self._num_layers = int(model.config.num_hidden_layers)
+        self._segments: weakref.WeakKeyDictionary[Tree, dict[int, torch.Tensor]] = weakref.WeakKeyDictionary()
+        self._pending: dict[int, tuple[weakref.ref[Tree], int, np.ndarray, torch.Tensor]] = {}
+        self._hidden: torch.Tensor | None = None
+        # The input of the output layer is the last hidden state, for every architecture.
+        model.get_output_embeddings().register_forward_pre_hook(self._remember_hidden)
+
+    def _remember_hidden(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        self._hidden = args[0].detach()
+
+    def reset_cache(self) -> None:
+        """Forgets all keys and values; call it when the weights have changed."""
+        self._segments.clear()
+        self._pending.clear()
+
+    def reseed(self, seed: int) -> None:
+        """Restarts the sampling generator."""
+        self.generator.manual_seed(seed)
+
+    @torch.inference_mode()
+    def encode(self, contexts: Sequence[Context]) -> np.ndarray:
+        """Returns the last hidden state at the end of each context, float32 [n, d]; what was computed is kept for `act`."""
+        was_training = self.model.training
+        self.model.eval()
+        out = []
+        for start in range(0, len(contexts), 64):
+            chunk = contexts[start : start + 64]
+            ids = [self._context_ids(c) for c in chunk]
+            out.append(self._prefill(chunk, ids)[2])
+        self.model.train(was_training)
+        return torch.cat(out).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def act(self, contexts: Sequence[Context]) -> list[Sample]:
+        """Samples one action for each context."""
+        if not contexts:
+            return []
+        was_training = self.model.training
+        self.model.eval()
+        samples: list[Sample | None] = [None] * len(contexts)
+        index: dict[tuple[int, int], int] = {}
+        distinct: list[Context] = []
+        source: list[int] = []
+        for context in contexts:
+            key = (id(context.tree), context.node.id)
+            if key not in index:
+                index[key] = len(distinct)
+                distinct.append(context)
+            source.append(index[key])
+        ids = [self._context_ids(c) for c in distinct]
+        lengths = [self._path_length(c) + len(i) for c, i in zip(distinct, ids, strict=True)]
+        fits = [n + 1 <= self.max_length for n in lengths]
+        for i, s in enumerate(source):
+            if not fits[s]:
+                nothing = np.zeros(0)
+                samples[i] = Sample("", nothing.astype(np.int64), nothing.astype(np.float32), ids[s], None, "length")
+        kept = [s for s in range(len(distinct)) if fits[s]]
+        if kept:
+            rows = [i for i, s in enumerate(source) if fits[s]]
+            place = {s: k for k, s in enumerate(kept)}
+            cache, logits, hidden, prefilled = self._prefill([distinct[s] for s in kept], [ids[s] for s in kept])
+            order = torch.tensor([place[source[i]] for i in rows], device=logits.device)
+            first = {place[source[i]]: i for i in reversed(rows)}
+            # More room is needed for what is about to be sampled; the copy also repeats rows that several rollouts leave.
+            self._grow(cache, order, max(lengths[source[i]] for i in rows) + self.max_new_tokens)
+            actions = self._decode(cache, logits[order], [contexts[i] for i in rows])
+            features = hidden.float().cpu().numpy()
+            for i, (tokens, logprobs, entropy) in zip(rows, actions, strict=True):
+                s = place[source[i]]
+                ended = len(tokens) > 0 and tokens[-1] == self.codec.end_id
+                samples[i] = Sample(
+                    self.codec.text_of(tokens),
+                    np.array(tokens, dtype=np.int64),
+                    np.array(logprobs, dtype=np.float32),
+                    ids[source[i]],
+                    features[s],
+                    "stop" if ended else "length",
+                    prefilled[s] if first[s] == i else 0,
+                    entropy,
+                )
+        self.model.train(was_training)
+        return [s for s in samples if s is not None]
+
+    # Tokens.
+
+    def _context_ids(self, context: Context) -> np.ndarray:
+        """Returns the ids shown at a node since the action that led to it."""
+        node = context.node
+        if node.context_ids is not None:
+            return node.context_ids
+        messages = context.info.get("messages")
+        if messages is None:
+            raise ValueError("this policy needs environments that give info['messages'] (OpenAI-style chat messages)")
+        if node.parent is None:
+            return self.codec.prompt_ids(messages, context.info.get("tools"))
+        assert node.sample is not None
+        action = node.sample.action_ids
+        ended = len(action) > 0 and int(action[-1]) == self.codec.end_id
+        return self.codec.delta_ids(new_messages(messages), ended=ended)
+
+    @staticmethod
+    def _path_length(context: Context) -> int:
+        """Returns the tokens on the path up to the node's action; its own context ids come on top."""
+        path = context.tree.path(context.node)
+        return sum(len(n.sample.action_ids) for n in path if n.sample is not None) + sum(
+            len(n.context_ids) for n in path[:-1] if n.context_ids is not None
+        )
+
+    # Computation.
+
+    def _forward(self, cache: RaggedCache, ids: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
+        mask, position = cache.prepare(ids.shape[1])
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits
+
+    def _prefill(
+        self, contexts: Sequence[Context], context_ids: Sequence[np.ndarray]
+    ) -> tuple[RaggedCache, torch.Tensor, torch.Tensor, list[int]]:
+        """Computes what is new on each path.
+
+        Returns:
+            The cache, the logits and hidden states at the end of each row ([n, vocabulary], [n, d]), and the number of tokens
+            computed for each row.
+        """
+        known: list[list[torch.Tensor]] = []
+        fresh: list[np.ndarray] = []
+        for context, ids in zip(contexts, context_ids, strict=True):
+            path = context.tree.path(context.node)
+            stored = self._segments.setdefault(context.tree, {})
+            segments = []
+            for at, node in enumerate(path):
+                if node.id not in stored:
+                    break
+                segments.append(stored[node.id])
+            else:
+                at = len(path)
+            todo = [_tokens_of(n, ids if n is context.node else None) for n in path[at:]]
+            if at == len(path):
+                # Everything is known but what follows the last token: feed that one again.
+                segments[-1] = segments[-1][:, :, :-1]
+                todo = [ids[-1:]]
+            elif at == len(path) - 1:
+                action = self._pending_segment(context)
+                if action is not None:
+                    segments.append(action)
+                    todo[0] = todo[0][action.shape[2] :]
+            known.append(segments)
+            fresh.append(np.concatenate(todo))
+        device = self.model.device
+        lengths = torch.tensor([sum(s.shape[2] for s in k) for k in known], device=device)
+        counts = [len(f) for f in fresh]
+        longest = max(counts)
+        cache = RaggedCache(self._num_layers, lengths, int(lengths.max()) + longest)
+        for row, segments in enumerate(known):
+            start = 0
+            for segment in segments:
+                cache.lay(row, start, segment)
+                start += segment.shape[2]
+        ids = torch.full((len(fresh), longest), self.codec.end_id, device=device)
+        for row, tokens in enumerate(fresh):
+            ids[row, : len(tokens)] = torch.from_numpy(tokens)
+        last = torch.tensor([c - 1 for c in counts], device=device)
+        keep, where = torch.unique(last, return_inverse=True)
+        logits = self._forward(cache, ids, keep)[cache.rows, where]
+        assert self._hidden is not None
+        hidden = self._hidden[cache.rows, where]
+        cache.lengths = cache.lengths + torch.tensor(counts, device=device)
+        for row, (context, tokens) in enumerate(zip(contexts, context_ids, strict=True)):
+            stored = self._segments[context.tree]
+            stop = int(cache.lengths[row])
+            for node in reversed(context.tree.path(context.node)):
+                start = stop - len(_tokens_of(node, tokens if node is context.node else None))
+                if node.id not in stored:
+                    stored[node.id] = cache.cut(row, start, stop)
+                stop = start
+        return cache, logits, hidden, counts
+
+    def _pending_segment(self, context: Context) -> torch.Tensor | None:
+        """Returns the keys and values of the action that led to a node, if this policy has just sampled it."""
+        if context.slot not in self._pending or context.node.sample is None:
+            return None
+        tree, parent, tokens, segment = self._pending[context.slot]
+        same = tree() is context.tree and parent == context.node.parent
+        return segment if same and np.array_equal(tokens, context.node.sample.action_ids) else None
+
+    @staticmethod
+    def _grow(cache: RaggedCache, rows: torch.Tensor, capacity: int) -> None:
+        old = cache.data
+        assert old is not None
+        held = int(cache.lengths.max())
+        cache.data = old.new_zeros(old.shape[0], len(rows), old.shape[2], capacity, old.shape[4])
+        cache.data[:, :, :, :held] = old[:, rows, :, :held]
+        cache.lengths = cache.lengths[rows]
+        cache.rows = torch.arange(len(rows), device=rows.device)
+        cache.capacity = capacity
+
+    def _decode(
+        self, cache: RaggedCache, logits: torch.Tensor, contexts: Sequence[Context]
+    ) -> list[tuple[list[int], list[float], float]]:
+        """Samples until every row has ended; returns ids, log-probs and mean entropy for each."""
+        n = len(contexts)
+        tokens: list[list[int]] = [[] for _ in range(n)]
+        logprobs: list[list[float]] = [[] for _ in range(n)]
+        entropies = [0.0] * n
+        start = cache.lengths.tolist()
+        alive = list(range(n))
+        in_batch = list(range(n))
+        for count in range(1, self.max_new_tokens + 1):
+            ids, lps, entropy = self._sample(logits)
+            still = []
+            for row, (t, lp, h) in enumerate(zip(ids.tolist(), lps.tolist(), entropy.tolist(), strict=True)):
+                i = in_batch[row]
+                if i < 0:
+                    continue
+                tokens[i].append(t)
+                logprobs[i].append(lp)
+                entropies[i] += h
+                room = start[i] + count + 1 <= self.max_length
+                if t == self.codec.end_id or count == self.max_new_tokens or not room:
+                    context = contexts[i]
+                    # The last token was sampled but not fed, so its keys are not there yet.
+                    segment = cache.cut(row, start[i], start[i] + count - 1)
+                    self._pending[context.slot] = (
+                        weakref.ref(context.tree),
+                        context.node.id,
+                        np.array(tokens[i], dtype=np.int64),
+                        segment,
+                    )
+                    in_batch[row] = -1
+                else:
+                    still.append(row)
+            alive = still
+            if not alive:
+                break
+            if len(alive) < (1 - COMPACT_SHARE) * len(in_batch):
+                rows = torch.tensor(alive, device=ids.device)
+                cache.select(rows)
+                ids = ids[rows]
+                in_batch = [in_batch[r] for r in alive]
+            logits = self._forward(cache, ids[:, None], 1)[:, -1]
+            cache.lengths = cache.lengths + 1
+        return [(t, lp, h / len(t)) for t, lp, h in zip(tokens, logprobs, entropies, strict=True)]
+
+    def _sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draws one token a row; returns ids, log-probs and entropies, each [rows]."""
+        scaled = logits.float() / (self.temperature or 1.0)
+        logprobs = torch.log_softmax(scaled, -1)
+        probabilities = logprobs.exp()
+        if self.temperature == 0:
+            ids = logprobs.argmax(-1)
+        else:
+            ids = torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
+        entropy = -(probabilities * logprobs).sum(-1)
+        return ids, logprobs.gather(-1, ids[:, None])[:, 0], entropy
+
+
+def _tokens_of(node: Any, context_ids: np.ndarray | None) -> np.ndarray:
+    """Returns the ids of a node's segment: its action, then what the environment answered."""
+    action = node.sample.action_ids if node.sample is not None else np.zeros(0, dtype=np.int64)
+    context = node.context_ids if context_ids is None else context_ids
+    return np.concatenate([action, context])

@@ -1,0 +1,285 @@
+"""The training loop: collect a forest, credit its edges, step, let the allocator learn, repeat.
+
+Invariant: everything that influences the next update is in `Trainer.state_dict`; wall-clock influences nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from agents.advantages import get_estimator
+from agents.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+from agents.config import TrainConfig, to_dict
+from agents.display import TrainingDisplay
+from agents.evaluate import evaluate, make_vector
+from agents.learner import LogProbs, policy_step
+from agents.losses import AGGREGATIONS, Clip
+from agents.models import load_model
+from agents.policies import TransformersPolicy, collect
+from agents.runlog import RunLog, read_jsonl
+from allocation import Forest, HiddenStatePredictor, Ledger, Root, TreeAllocationWrapper, make_allocator
+from allocation.tree import tree_record
+
+
+class TaskDeck:
+    """Deals tasks in random order, each once before any comes again.
+
+    Args:
+        task_ids: The tasks.
+    """
+
+    def __init__(self, task_ids: Sequence[str]):
+        self._task_ids = list(task_ids)
+        self._order = np.zeros(0, dtype=np.int64)
+
+    def __call__(self, rng: np.random.Generator, count: int) -> list[Root]:
+        """Returns the next `count` tasks."""
+        while len(self._order) < count:
+            self._order = np.concatenate([self._order, rng.permutation(len(self._task_ids))])
+        taken, self._order = self._order[:count], self._order[count:]
+        return [Root(int(rng.integers(2**31)), {"task_id": self._task_ids[i]}) for i in taken]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what is left of the deck."""
+        return {"order": self._order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        self._order = np.asarray(state["order"], dtype=np.int64)
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        config: Its settings.
+        resume: Go on from the latest checkpoint of the run's directory.
+    """
+
+    def __init__(self, config: TrainConfig, *, resume: bool = False):
+        self.config = config
+        self.credit = get_estimator(config.estimator)
+        if config.aggregation not in AGGREGATIONS:
+            raise ValueError(f"unknown aggregation {config.aggregation!r}; known: {', '.join(AGGREGATIONS)}")
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.update = 0
+        self.total = Ledger()
+        checkpoint = self._latest() if resume else None
+        source = config.model if checkpoint is None else str(checkpoint)
+        self.model, self.tokenizer = load_model(source, device=config.device, dtype="float32")
+        self.policy = TransformersPolicy(
+            self.model,
+            self.tokenizer,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.logprobs = LogProbs(self.model)
+        self.env_kwargs = {**config.env.kwargs(), "split": config.train_split}
+        self.allocator = make_allocator(
+            config.allocator,
+            predictor=HiddenStatePredictor(int(self.model.config.hidden_size), seed=config.seed),
+            group_size=config.group_size,
+            config=config.trace,
+        )
+        self.rng = np.random.default_rng([config.seed, 0x7AC3])
+        envs = make_vector(config.env_id, config.num_envs, self.env_kwargs)
+        self.deck = TaskDeck(envs.envs[0].unwrapped.task_ids())  # type: ignore[attr-defined]
+        self.envs = TreeAllocationWrapper(
+            envs,
+            allocator=self.allocator,
+            budget=config.budget,
+            roots=self.deck,
+            encode=self.policy.encode if config.allocator != "grpo" else None,
+        )
+        self.log = RunLog(config.directory, resume=resume, trackers=config.trackers)
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self.log.write_config(to_dict(config))
+
+    # One update, as the paper has it.
+
+    def train_step(self) -> dict[str, Any]:
+        """Collects one forest and learns from it; returns the record for the log."""
+        start = time.perf_counter()
+        forest = collect(self.envs, self.policy, seed=int(self.rng.integers(2**31)))
+        rolled = time.perf_counter()
+        credits = [self.credit(tree, std=self.config.advantage_std) for tree in forest]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * min(1.0, (self.update + 1) / max(self.config.lr_warmup, 1))
+        losses = policy_step(
+            self.model,
+            self.optimizer,
+            forest,
+            credits,
+            aggregation=self.config.aggregation,
+            clip=Clip(self.config.clip_low, self.config.clip_high),
+            epochs=self.config.epochs,
+            max_grad_norm=self.config.max_grad_norm,
+            micro_tokens=self.config.micro_tokens,
+            temperature=self.config.temperature,
+            logprobs=self.logprobs,
+        )
+        self.policy.reset_cache()
+        learned = time.perf_counter()
+        allocation = self.allocator.update(forest)
+        self.update += 1
+        self.total.add(forest.ledger)
+        record = {"update": self.update, **batch_figures(forest), **losses, **allocation}
+        record |= {f"time/{k}": v for k, v in forest.ledger.seconds.items()}
+        end = time.perf_counter()
+        record |= {"time/rollout": rolled - start, "time/update": learned - rolled, "time/predictor": end - learned}
+        for tree, credit in list(zip(forest, credits, strict=True))[: self.config.log_trees]:
+            self.log.log_tree(
+                {"update": self.update, **self._task_record(tree.key), **tree_record(tree, credit.advantage)}
+            )
+        return record
+
+    def run(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Trains to the end; returns the evaluations before and after.
+
+        On an interrupt (Ctrl-C) or an error a checkpoint of the last finished update is written first.
+        """
+        history = read_jsonl(self.log.metrics_path) if self.update or self.log.metrics_path.exists() else []
+        before = next((r for r in history if "eval/accuracy" in r), None)
+        after = before
+        saved = self.update
+        with TrainingDisplay(self.config.updates, history=history) as display:
+            if before is None:
+                display.message(f"evaluating the start on the {self.config.eval_split} split")
+                before = after = self._evaluate()
+                display.update(before)
+            try:
+                while self.update < self.config.updates:
+                    record = self.train_step()
+                    self.log.log(record)
+                    display.update(record)
+                    last = self.update == self.config.updates
+                    if last or (self.config.eval_every and self.update % self.config.eval_every == 0):
+                        after = self._evaluate()
+                        display.update(after)
+                    if last or self.update % self.config.checkpoint_every == 0:
+                        self.save()
+                        saved = self.update
+            except BaseException:
+                if saved < self.update:
+                    self.save()
+                raise
+        assert before is not None and after is not None
+        return before, after
+
+    def _evaluate(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        # A policy of its own: evaluation must not move the generator that training samples from.
+        policy = TransformersPolicy(
+            self.model,
+            self.tokenizer,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            seed=self.config.seed + 1,
+        )
+        kwargs = {**self.env_kwargs, "split": self.config.eval_split}
+        record = evaluate(
+            policy, self.config.env_id, kwargs, eval_task_ids(self.config.env_id, kwargs, self.config.eval_per_hop)
+        )
+        record = {"update": self.update, **record, "time/evaluation": time.perf_counter() - start}
+        self.log.log(record)
+        return record
+
+    def _task_record(self, key: str) -> dict[str, Any]:
+        task = self.envs._envs[0].unwrapped.pick_task(self.rng, key)  # type: ignore[attr-defined]
+        return {"question": task.prompt, "answers": list(getattr(task, "answers", ()))}
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that the next update depends on, the model's weights apart."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "allocator": self.allocator.state_dict(),
+            "deck": self.deck.state_dict(),
+            "rng": self.rng.bit_generator.state,
+            "sampling": self.policy.generator.get_state(),
+            "ledger": self.total.counts(),
+        }
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        save_checkpoint(
+            self.config.directory / "checkpoints",
+            self.update,
+            self.model,
+            self.tokenizer,
+            self.state_dict(),
+            keep=self.config.keep_checkpoints,
+        )
+
+    def _latest(self) -> Any:
+        found = list_checkpoints(self.config.directory / "checkpoints")
+        if not found:
+            raise CheckpointError(
+                f"--resume: {self.config.directory / 'checkpoints'} holds no checkpoint; start the run without --resume"
+            )
+        return found[-1]
+
+    def _load(self, checkpoint: Any) -> None:
+        self.update, state = load_checkpoint(checkpoint)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.allocator.load_state_dict(state["allocator"])
+        self.deck.load_state_dict(state["deck"])
+        self.rng.bit_generator.state = state["rng"]
+        self.policy.generator.set_state(state["sampling"])
+        self.total = Ledger(**state["ledger"])
+        self.log.truncate_after(self.update)
+
+
+def eval_task_ids(env_id: str, env_kwargs: dict[str, Any], per_hop: int) -> list[str]:
+    """Returns the first `per_hop` tasks of each number of hops (all tasks if it is 0), in the data set's order."""
+    env = gym.make(env_id, disable_env_checker=True, **env_kwargs).unwrapped
+    ids = list(env.task_ids())  # type: ignore[attr-defined]
+    if not per_hop:
+        return ids
+    taken: dict[int, int] = {}
+    chosen = []
+    for task_id in ids:
+        hops = int(getattr(env.pick_task(np.random.default_rng(0), task_id), "hops", 0))  # type: ignore[attr-defined]
+        if taken.get(hops, 0) < per_hop:
+            taken[hops] = taken.get(hops, 0) + 1
+            chosen.append(task_id)
+    return chosen
+
+
+def batch_figures(forest: Forest) -> dict[str, Any]:
+    """Returns what the log says of a batch: success, effective ratios, the ledger, and where the budget went."""
+    leaves = [leaf for tree in forest for leaf in tree.leaves("root")]
+    figures: dict[str, Any] = {
+        "train/success": float(np.mean([bool(leaf.is_correct) for leaf in leaves])),
+        "train/reward": float(np.mean([tree.returns()[leaf.id] for tree in forest for leaf in tree.leaves("root")])),
+        "train/turns": float(np.mean([leaf.depth for leaf in leaves])),
+        "train/prompts": len(forest),
+        "effective_ratio/roots": forest.effective_ratio("root"),
+        "effective_ratio/tree": forest.effective_ratio(),
+    }
+    figures |= {f"ledger/{name}": count for name, count in forest.ledger.counts().items()}
+    for tree in forest:
+        name = f"budget/by_hops/{tree.info.get('hops', 0)}"
+        figures[name] = figures.get(name, 0) + len(tree.leaves())
+        for leaf in tree.leaves():
+            name = f"budget/by_depth/{_branch_depth(tree, leaf)}"
+            figures[name] = figures.get(name, 0) + 1
+    return figures
+
+
+def _branch_depth(tree: Any, leaf: Any) -> int:
+    """Returns the depth of the anchor that a rollout started from."""
+    if leaf.origin == "root":
+        return 0
+    return min(n.depth for n in tree.path(leaf) if n.rollout == leaf.rollout) - 1

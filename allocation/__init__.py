@@ -1,0 +1,26 @@
+"""Where a sampling budget goes: trees of rollouts, allocators, and the wrapper that collects them."""
+
+from allocation.allocators import ALLOCATORS, TraceAllocator, TraceConfig, UniformAllocator, make_allocator
+from allocation.ledger import Ledger
+from allocation.predictor import HiddenStatePredictor, MeanPredictor, Predictor
+from allocation.tree import Forest, Node, Sample, Tree
+from allocation.wrapper import Context, Root, TreeAllocationWrapper
+
+__all__ = [
+    "ALLOCATORS",
+    "Context",
+    "Forest",
+    "HiddenStatePredictor",
+    "Ledger",
+    "MeanPredictor",
+    "Node",
+    "Predictor",
+    "Root",
+    "Sample",
+    "TraceAllocator",
+    "TraceConfig",
+    "Tree",
+    "TreeAllocationWrapper",
+    "UniformAllocator",
+    "make_allocator",
+]

@@ -1,0 +1,94 @@
+"""The one core that says what a free slot does next; every driver uses it.
+
+Invariant: each job handed out is finished exactly once, and a prompt's prefix stage is planned at the moment when the last
+of its root rollouts is finished: local to the prompt, without a barrier between prompts.
+
+Order: continuations before root rollouts, so that trees are completed early and their states can be dropped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from allocation.allocators import Allocator
+from allocation.tree import Forest, Node, Origin, Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One rollout: from `node` of `tree` to a terminal."""
+
+    tree: Tree
+    node: Node
+    origin: Origin
+    rollout: int
+
+
+class Scheduler:
+    """Turns an allocation into jobs.
+
+    Args:
+        allocator: Decides how the budget of continuations of a prompt is spent over its prefixes.
+        forest: Holds the trees, one for each prompt that was given root rollouts.
+        root_counts: Root rollouts for each tree of the forest, at least one each.
+        continuations: Continuations to spend on all trees together.
+        rng: Generator for ties and for the fractional part of continuation budgets.
+    """
+
+    def __init__(
+        self,
+        allocator: Allocator,
+        forest: Forest,
+        root_counts: Sequence[int],
+        continuations: int,
+        rng: np.random.Generator,
+    ):
+        if len(root_counts) != len(forest.trees):
+            raise ValueError(f"{len(forest.trees)} trees but {len(root_counts)} root counts")
+        self._allocator = allocator
+        self._rng = rng
+        self._roots: deque[Job] = deque()
+        self._continuations: deque[Job] = deque()
+        self._pending = 0
+        self._open_roots = {tree.index: int(m) for tree, m in zip(forest.trees, root_counts, strict=True)}
+        self._prefix_budgets = allocator.prefix_budgets(np.asarray(root_counts), continuations, rng)
+        for tree, count in zip(forest.trees, root_counts, strict=True):
+            tree.budget_roots = int(count)
+            for _ in range(int(count)):
+                self._roots.append(self._job(tree, tree.root, "root"))
+
+    @staticmethod
+    def _job(tree: Tree, node: Node, origin: Origin) -> Job:
+        job = Job(tree, node, origin, tree.num_rollouts)
+        tree.num_rollouts += 1
+        return job
+
+    def next(self) -> Job | None:
+        """Returns the next job, or `None` if there is none now (more may come when running jobs finish)."""
+        queue = self._continuations or self._roots
+        if not queue:
+            return None
+        self._pending += 1
+        return queue.popleft()
+
+    def finished(self, job: Job) -> None:
+        """Reports that a job's rollout has reached a terminal."""
+        self._pending -= 1
+        if job.origin != "root":
+            return
+        tree = job.tree
+        self._open_roots[tree.index] -= 1
+        budget = int(self._prefix_budgets[tree.index])
+        if self._open_roots[tree.index] == 0 and budget > 0:
+            for node_id, count in self._allocator.allocate_prefixes(tree, budget, self._rng):
+                for _ in range(count):
+                    self._continuations.append(self._job(tree, tree.nodes[node_id], "continuation"))
+
+    @property
+    def done(self) -> bool:
+        """Whether all work is finished."""
+        return not (self._pending or self._roots or self._continuations)

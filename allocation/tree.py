@@ -1,0 +1,266 @@
+"""Trees of rollouts: what was sampled, from where, and what it was worth.
+
+Invariant: a node's parent has a smaller id, so one pass over the ids in reverse order is bottom-up; every terminal of every
+rollout stays in the tree.
+
+Words (docs/algorithm.md): an *edge* is a turn and is stored on the node that it leads to; a *root rollout* starts at the
+prompt, a *continuation* at an inner prefix; both end at a terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from allocation.ledger import Ledger
+
+Origin = Literal["root", "continuation"]
+FORMAT_VERSION = 1
+
+
+@dataclass(slots=True)
+class Sample:
+    """One action as a policy sampled it; ids and log-probs are the truth, the text is derived.
+
+    Attributes:
+        text: What the environment is given.
+        action_ids: Sampled token ids, int64 [n], the end-of-turn token included if it was sampled.
+        logprobs: Log-probabilities under the sampling distribution, float32 [n], in nats.
+        context_ids: Token ids that the policy was shown since the parent's action (the whole prompt at a root), int64 [c].
+        features: Last hidden state at the end of the prefix, float32 [d], or `None` from an engine that gives none.
+        finish_reason: `stop`, or `length` when the token limit cut the action.
+        prefilled: Context tokens that were really computed for this call (the rest came from a cache).
+        entropy: Mean entropy of the sampled positions, in nats, or `None`.
+    """
+
+    text: str
+    action_ids: np.ndarray
+    logprobs: np.ndarray
+    context_ids: np.ndarray
+    features: np.ndarray | None = None
+    finish_reason: str = "stop"
+    prefilled: int = 0
+    entropy: float | None = None
+
+
+@dataclass(slots=True)
+class Node:
+    """A prefix: the history up to the end of a turn. Depth 0 is the root.
+
+    Attributes:
+        id: Position in the tree's list of nodes.
+        parent: Id of the prefix before this turn; `None` at the root.
+        depth: Number of turns taken.
+        origin: Whether a root rollout or a continuation made the edge into this node.
+        rollout: Number of the rollout (within the tree) that made it; -1 at the root.
+        action: The text of the turn.
+        observation: What the environment answered (the prompt at the root).
+        sample: Token ids and log-probs of the turn; `None` at the root and for policies without tokens.
+        context_ids: Tokens shown after this node's action and before the next, shared by every action sampled here.
+        features: Hidden state at the end of this prefix; `None` until an action was sampled here.
+        snapshot: The environment at this prefix; `None` at terminals and after `Forest.drop_snapshots`.
+        info: The environment's info at this prefix; kept and dropped with the snapshot.
+        children: Ids of the nodes one turn further.
+        reward: Reward of the edge.
+        terminated, truncated: How the episode stood after the edge.
+        is_correct: The environment's own verdict; `None` before the end.
+        tool_errors: Malformed or refused calls up to here.
+        tool_error: Whether this turn was one.
+        components: Named scores of the outcome, where the environment gives them at the end.
+        predicted: Predicted chance of success when the allocator last looked; `None` if it never did.
+    """
+
+    id: int
+    parent: int | None
+    depth: int
+    origin: Origin
+    rollout: int
+    action: str = ""
+    observation: Any = ""
+    sample: Sample | None = None
+    context_ids: np.ndarray | None = None
+    features: np.ndarray | None = None
+    snapshot: Any = None
+    info: dict[str, Any] | None = None
+    children: list[int] = field(default_factory=list)
+    reward: float = 0.0
+    terminated: bool = False
+    truncated: bool = False
+    is_correct: bool | None = None
+    tool_errors: int = 0
+    tool_error: bool = False
+    components: Mapping[str, float] | None = None
+    predicted: float | None = None
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the episode ended here."""
+        return self.terminated or self.truncated
+
+
+class Tree:
+    """All rollouts of one prompt.
+
+    Args:
+        key: Name of the prompt: its task id, or its seed.
+        index: Position in the forest.
+        observation: First observation.
+        info: What is known of the prompt and worth keeping with it (plain data).
+    """
+
+    def __init__(self, key: str, index: int, observation: Any, info: dict[str, Any] | None = None):
+        self.key = key
+        self.index = index
+        self.info = info or {}
+        self.nodes: list[Node] = [Node(0, None, 0, "root", -1, observation=observation)]
+        self.num_rollouts = 0
+        self.budget_roots = 0
+
+    @property
+    def root(self) -> Node:
+        """The prompt."""
+        return self.nodes[0]
+
+    def add(self, parent: Node, rollout: int, origin: Origin, **fields: Any) -> Node:
+        """Adds the node that one turn from `parent` led to."""
+        if parent.terminal:
+            raise ValueError(f"node {parent.id} of tree {self.key!r} is terminal; nothing can follow it")
+        node = Node(len(self.nodes), parent.id, parent.depth + 1, origin, rollout, **fields)
+        self.nodes.append(node)
+        parent.children.append(node.id)
+        return node
+
+    def path(self, node: Node) -> list[Node]:
+        """Returns the nodes from the root to `node`, both included."""
+        path = [node]
+        while node.parent is not None:
+            node = self.nodes[node.parent]
+            path.append(node)
+        return path[::-1]
+
+    def leaves(self, origin: Origin | None = None) -> list[Node]:
+        """Returns the terminals, those of one origin only if it is named."""
+        return [n for n in self.nodes if n.terminal and origin in (None, n.origin)]
+
+    def returns(self) -> np.ndarray:
+        """Returns the sum of rewards from the root to each node, float64 [nodes]."""
+        total = np.zeros(len(self.nodes))
+        for node in self.nodes[1:]:
+            total[node.id] = total[node.parent] + node.reward
+        return total
+
+    def values(self, kind: Literal["reward", "success"] = "reward") -> np.ndarray:
+        """Returns bottom-up values: a leaf has its outcome, an inner node the mean of its children (TRACE, predictor targets).
+
+        Args:
+            kind: The outcome of a leaf: its return, or the environment's success flag.
+
+        Returns:
+            Float64 [nodes]; NaN where no terminal lies below.
+        """
+        value = np.full(len(self.nodes), np.nan)
+        returns = self.returns() if kind == "reward" else None
+        for node in reversed(self.nodes):
+            if node.terminal:
+                value[node.id] = returns[node.id] if returns is not None else float(bool(node.is_correct))
+            else:
+                below = [value[c] for c in node.children if not np.isnan(value[c])]
+                if below:
+                    value[node.id] = sum(below) / len(below)
+        return value
+
+    def weights(self) -> np.ndarray:
+        """Returns each node's share of its tree: 1 at the root, divided evenly among children. Float64 [nodes]."""
+        weight = np.zeros(len(self.nodes))
+        weight[0] = 1.0
+        for node in self.nodes[1:]:
+            weight[node.id] = weight[node.parent] / len(self.nodes[node.parent].children)  # type: ignore[index]
+        return weight
+
+    def outcome_counts(self, origin: Origin | None = None) -> tuple[int, int]:
+        """Returns the numbers of successful and failed terminals."""
+        leaves = self.leaves(origin)
+        successes = sum(bool(n.is_correct) for n in leaves)
+        return successes, len(leaves) - successes
+
+
+@dataclass
+class Forest:
+    """The trees of one batch, and what they cost."""
+
+    trees: list[Tree] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def __iter__(self) -> Iterator[Tree]:
+        return iter(self.trees)
+
+    def __len__(self) -> int:
+        return len(self.trees)
+
+    @property
+    def num_leaves(self) -> int:
+        """Number of terminals in all trees."""
+        return sum(len(tree.leaves()) for tree in self.trees)
+
+    def effective_ratio(self, origin: Origin | None = None) -> float:
+        """Returns the share of prompts with both successes and failures among their terminals.
+
+        Args:
+            origin: `root` for the ratio over root rollouts alone; `None` for whole trees (larger wherever trees branch).
+        """
+        counts = [tree.outcome_counts(origin) for tree in self.trees]
+        counts = [c for c in counts if sum(c)]
+        return sum(s > 0 and f > 0 for s, f in counts) / len(counts) if counts else 0.0
+
+    def drop_snapshots(self) -> None:
+        """Forgets the environments' states, which only the driver needs."""
+        for tree in self.trees:
+            for node in tree.nodes:
+                node.snapshot = node.info = None
+
+
+def tree_record(tree: Tree, advantages: np.ndarray | None = None) -> dict[str, Any]:
+    """Returns a tree as plain data for `trees.jsonl` (texts and figures; no token ids, no states).
+
+    Args:
+        tree: The tree.
+        advantages: Advantage of the edge into each node, float [nodes].
+    """
+    values, weights = tree.values(), tree.weights()
+
+    def number(x: float | None) -> float | None:
+        return None if x is None or not np.isfinite(x) else round(float(x), 4)
+
+    nodes = [
+        {
+            "id": n.id,
+            "parent": n.parent,
+            "depth": n.depth,
+            "origin": n.origin,
+            "rollout": n.rollout,
+            "action": n.action,
+            "observation": n.observation if isinstance(n.observation, str) else repr(n.observation),
+            "predicted": number(n.predicted),
+            "value": number(values[n.id]),
+            "weight": number(weights[n.id]),
+            "advantage": None if advantages is None or n.parent is None else number(advantages[n.id]),
+            "reward": number(n.reward),
+            "is_correct": n.is_correct,
+            "terminated": n.terminated,
+            "truncated": n.truncated,
+            "tool_error": n.tool_error,
+            "tokens": 0 if n.sample is None else len(n.sample.action_ids),
+        }
+        for n in tree.nodes
+    ]
+    return {
+        "version": FORMAT_VERSION,
+        "tree": tree.index,
+        "task_id": tree.key,
+        **tree.info,
+        "predicted": number(tree.root.predicted),
+        "nodes": nodes,
+    }

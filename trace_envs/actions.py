@@ -1,0 +1,440 @@
+"""One turn's text, read as one action.
+
+Invariant: `parse` never raises, whatever a model writes, and takes time linear in the text; what it cannot read becomes
+a :class:`~trace_envs.state.FormatError` that says what was wrong and what is expected. `render` writes only what
+`parse` reads back to the same action.
+
+Every format treats `<think>...</think>` the same way: what is inside is never an action, wherever the block stands. A
+`</think>` without a beginning closes a block that the chat template opened; a `<think>` without an end hides all that
+follows, so such a turn holds no action.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from typing import Any, ClassVar
+
+from trace_envs.schemas import (
+    Function,
+    JSONRefused,
+    Tools,
+    by_name,
+    check_value,
+    describe,
+    dumps,
+    example_call,
+    kind_of,
+    loads_object,
+    show,
+    signature,
+    text_argument,
+)
+from trace_envs.state import Action, FinalAnswer, FormatError, ToolCall
+
+_THINK, _END_THINK = "<think>", "</think>"
+_ANSWER = "answer"
+_FINAL = "Final Answer:"
+Known = Mapping[str, Function]
+
+
+class _Malformed(Exception):
+    """Why a turn is not an action; never leaves this module."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A stretch of text that claims to be an action: the tag or tool name it stands under, and what it holds."""
+
+    tag: str
+    body: str
+
+
+class ActionFormat(ABC):
+    """A convention for writing tool calls and answers as text.
+
+    A format finds the blocks of a turn (`_scan`) and reads one of them (`_read`). `parse` wants exactly one; a family
+    that allows several calls per turn can read every block with the same two functions.
+
+    Attributes:
+        name: What `get_format` knows it by.
+    """
+
+    name: ClassVar[str]
+
+    def parse(self, text: str, tools: Tools) -> Action:
+        """Reads the one action of a turn.
+
+        Args:
+            text: Whatever the model wrote, of any length and content.
+            tools: Schemas of the tools that may be called; arguments are checked against them.
+
+        Returns:
+            The call, the answer, or a `FormatError` with a message for the model.
+        """
+        known = by_name(tools)
+        try:
+            visible = _outside_thoughts(text)
+            blocks = self._scan(visible, known)
+            if not blocks:
+                raise _Malformed(f"No action found{self._why_none(visible, known)}. {self._expected(known)}")
+            if len(blocks) > 1:
+                raise _Malformed(f"Found {len(blocks)} actions in one turn; give exactly one. {self._expected(known)}")
+            return self._read(blocks[0], known)
+        except _Malformed as error:
+            return FormatError(str(error))
+
+    def render(self, thought: str, action: ToolCall | FinalAnswer, tools: Tools | None = None) -> str:
+        """Writes a turn, the inverse of `parse`.
+
+        Args:
+            thought: Words before the action; may be empty.
+            action: What to do.
+            tools: The tools the turn will be parsed with. Without them the tool is taken to need exactly the arguments
+                of the call.
+
+        Returns:
+            The shortest spelling that `parse` reads back to `action`.
+
+        Raises:
+            ValueError: The format has no way to write this, such as an answer that holds the closing tag.
+        """
+        if tools is None:
+            tools = [] if isinstance(action, FinalAnswer) else [_tool_of(action)]
+        for spelling in self._spellings(action):
+            for before in (thought, f"{_THINK}{thought}{_END_THINK}"):
+                text = self._with_thought(before, spelling) if thought else spelling
+                if self.parse(text, tools) == action:
+                    return text
+        raise ValueError(f"format {self.name!r} cannot express {show(action)} after the thought {show(thought)}")
+
+    def instructions(self, tools: Tools) -> str:
+        """Returns system-prompt text that tells a model how to act, with one example of each kind.
+
+        Raises:
+            ValueError: The format cannot call one of the tools.
+        """
+        known = by_name(tools)
+        answer = self.render("...", FinalAnswer("..."), tools)
+        if not known:
+            return f"Think first, then give your answer alone:\n{answer}"
+        call = self.render("...", ToolCall(*example_call(known)), tools)
+        return (
+            f"Think first, then act exactly once per turn. Either call a tool:\n{call}\n"
+            f"or finish with your answer alone:\n{answer}\nTools:\n{describe(known)}"
+        )
+
+    @abstractmethod
+    def _scan(self, text: str, known: Known) -> list[_Block]:
+        """Finds the actions of a turn, in order."""
+
+    @abstractmethod
+    def _read(self, block: _Block, known: Known) -> Action:
+        """Reads one of the blocks that `_scan` found."""
+
+    @abstractmethod
+    def _spellings(self, action: ToolCall | FinalAnswer) -> Iterator[str]:
+        """Yields ways to write an action, the most natural first."""
+
+    @abstractmethod
+    def _expected(self, known: Known) -> str:
+        """Returns the sentence that error messages end with."""
+
+    def _with_thought(self, thought: str, spelling: str) -> str:
+        return f"{thought}\n{spelling}"
+
+    def _why_none(self, text: str, known: Known) -> str:
+        """Returns a guess at what a turn without an action was meant to be, to be put after "No action found"."""
+        return ""
+
+
+class HermesFormat(ActionFormat):
+    """JSON in `<tool_call>` tags, the convention of Hermes and Qwen models."""
+
+    name = "hermes"
+    _TAG = "tool_call"
+
+    def _scan(self, text: str, known: Known) -> list[_Block]:
+        return _tagged(text, (self._TAG, _ANSWER))
+
+    def _read(self, block: _Block, known: Known) -> Action:
+        if block.tag == _ANSWER:
+            return _answer(block.body)
+        call = _object(block.body, "The text inside <tool_call>", self._expected(known))
+        name = call.get("name")
+        if not isinstance(name, str):
+            raise _Malformed(f'The call has no "name" that is a string. {self._expected(known)}')
+        extra = next((key for key in call if key not in ("name", "arguments")), None)
+        if extra is not None:
+            raise _Malformed(f'Unexpected key {show(extra)} beside "name" and "arguments". {self._expected(known)}')
+        arguments = call.get("arguments", {})
+        if not isinstance(arguments, dict):
+            raise _Malformed(f'"arguments" must be an object, not {kind_of(arguments)}. {self._expected(known)}')
+        return _checked_call(name, arguments, known)
+
+    def _spellings(self, action: ToolCall | FinalAnswer) -> Iterator[str]:
+        if isinstance(action, FinalAnswer):
+            yield f"<answer>{action.text}</answer>"
+            return
+        body = dumps({"name": action.name, "arguments": dict(action.arguments)})
+        yield f"<tool_call>{body}</tool_call>"
+        yield f"<tool_call>{_without_tags(body)}</tool_call>"
+
+    def _expected(self, known: Known) -> str:
+        if not known:
+            return "Expected <answer>...</answer>."
+        return 'Expected one <tool_call>{"name": ..., "arguments": {...}}</tool_call> or one <answer>...</answer>.'
+
+    def _why_none(self, text: str, known: Known) -> str:
+        return _stray_end(text, (self._TAG, _ANSWER))
+
+
+class TagsFormat(ActionFormat):
+    """A tag per tool, the convention of Search-R1: `<search>query</search>`.
+
+    A tool that needs one string takes it as it is; others take a JSON object of arguments between their tags.
+    """
+
+    name = "tags"
+
+    def instructions(self, tools: Tools) -> str:
+        """See base class; also refuses tools named `think` or `answer`, whose tags mean something else."""
+        for reserved in ("think", _ANSWER):
+            if reserved in by_name(tools):
+                raise ValueError(f"format 'tags' cannot call a tool named {reserved!r}; use the format 'hermes'")
+        return super().instructions(tools)
+
+    def _scan(self, text: str, known: Known) -> list[_Block]:
+        return _tagged(text, (*known, _ANSWER))
+
+    def _read(self, block: _Block, known: Known) -> Action:
+        if block.tag == _ANSWER:
+            return _answer(block.body)
+        return _call_of_body(block, known, f"The text inside <{block.tag}>")
+
+    def _spellings(self, action: ToolCall | FinalAnswer) -> Iterator[str]:
+        if isinstance(action, FinalAnswer):
+            yield f"<answer>{action.text}</answer>"
+            return
+        for body in _bodies(action):
+            yield f"<{action.name}>{body}</{action.name}>"
+
+    def _expected(self, known: Known) -> str:
+        calls = ", ".join(f"<{name}>...</{name}>" for name in list(known)[:20])
+        return f"Expected exactly one of {calls}, <answer>...</answer>." if calls else "Expected <answer>...</answer>."
+
+    def _why_none(self, text: str, known: Known) -> str:
+        start = text.find("<")
+        while start >= 0:
+            end = text.find(">", start, start + 66)  # a window, so that a megabyte of "<" stays linear
+            name = text[start + 1 : end] if end >= 0 else ""
+            if name.isidentifier() and name not in known:
+                return f": unknown tool {show(name)}"
+            start = text.find("<", start + 1)
+        return _stray_end(text, (*known, _ANSWER))
+
+
+class ReActFormat(ActionFormat):
+    """Lines that begin with `Thought:`, `Action:` and `Final Answer:`, the convention of ReAct.
+
+    `Action: search[query]` and `Action: search` followed by `Action Input: {...}` mean the same, as do
+    `Final Answer: ...` and `Action: finish[...]`. What follows `Action Input:` or `Final Answer:` runs to the next
+    marker.
+    """
+
+    name = "react"
+    _MARKERS = ("Thought:", "Action:", "Action Input:", "Observation:", _FINAL)
+
+    def _scan(self, text: str, known: Known) -> list[_Block]:
+        blocks: list[_Block] = []
+        bare: str | None = None  # an `Action: name` that may still get its `Action Input:`
+        for marker, body in self._sections(text):
+            if marker == "Action Input:":
+                if bare is None:
+                    raise _Malformed(f"Action Input without an Action: name line before it. {self._expected(known)}")
+                blocks[-1] = _Block(bare, body.strip())
+                bare = None
+            elif marker == "Action:":
+                name, bracket, argument = body.split("\n", 1)[0].strip().partition("[")
+                name = name.strip()
+                if bracket and not argument.endswith("]"):
+                    raise _Malformed(f"The bracket after Action: {show(name)} is not closed. {self._expected(known)}")
+                bare = None if bracket else name
+                if name.lower() == "finish" and name not in known:
+                    name = _FINAL
+                blocks.append(_Block(name, argument[:-1].strip()))
+            elif marker == _FINAL:
+                bare = None
+                blocks.append(_Block(_FINAL, body))
+        return blocks
+
+    def _sections(self, text: str) -> Iterator[tuple[str, str]]:
+        """Yields each marker with the text up to the next one."""
+        marker, lines = "", list[str]()
+        for line in text.split("\n"):  # not splitlines: an answer may hold exotic line separators
+            head = line.lstrip()
+            found = next((marker for marker in self._MARKERS if head.startswith(marker)), None)
+            if found is None:
+                lines.append(line)
+            else:
+                yield marker, "\n".join(lines)
+                marker, lines = found, [head[len(found) :]]
+        yield marker, "\n".join(lines)
+
+    def _read(self, block: _Block, known: Known) -> Action:
+        if block.tag == _FINAL:
+            return _answer(block.body)
+        return _call_of_body(block, known, f"The input of {show(block.tag)}")
+
+    def _spellings(self, action: ToolCall | FinalAnswer) -> Iterator[str]:
+        if isinstance(action, FinalAnswer):
+            yield f"Final Answer: {action.text}"
+            return
+        for body in _bodies(action):
+            yield (
+                f"Action: {action.name}\nAction Input: {body}" if body[:1] == "{" else f"Action: {action.name}[{body}]"
+            )
+
+    def _with_thought(self, thought: str, spelling: str) -> str:
+        return f"Thought: {thought}\n{spelling}"
+
+    def _expected(self, known: Known) -> str:
+        if not known:
+            return "Expected one line Final Answer: ..."
+        return "Expected one line Action: tool[input], or Action: tool and Action Input: {...}, or Final Answer: ..."
+
+
+_FORMATS: dict[str, Callable[[], ActionFormat]] = {
+    "hermes": HermesFormat,
+    "react": ReActFormat,
+    "tags": TagsFormat,
+}
+
+
+def get_format(name: str) -> ActionFormat:
+    """Returns the format of that name.
+
+    Raises:
+        ValueError: There is none; the message lists the known ones.
+    """
+    if name not in _FORMATS:
+        raise ValueError(f"unknown action format {name!r}; known: {', '.join(sorted(_FORMATS))}")
+    return _FORMATS[name]()
+
+
+# Finding blocks ------------------------------------------------------------------------------------------------------
+
+
+def _outside_thoughts(text: str) -> str:
+    """Returns the text without its thoughts, by the rule at the top of this module."""
+    end = text.find(_END_THINK)
+    position = end + len(_END_THINK) if end >= 0 and text.find(_THINK, 0, end) < 0 else 0
+    parts = []
+    while (start := text.find(_THINK, position)) >= 0:
+        parts.append(text[position:start])
+        end = text.find(_END_THINK, start)
+        if end < 0:
+            raise _Malformed("<think> is not closed. Close it with </think> and act after it.")
+        position = end + len(_END_THINK)
+    parts.append(text[position:])
+    return "\n".join(parts)
+
+
+def _tagged(text: str, tags: Sequence[str]) -> list[_Block]:
+    """Finds `<tag>...</tag>` from left to right; what is inside one block cannot begin another."""
+    # The next beginning of each tag, nearest first. Only a tag that was passed is searched again, from where the block
+    # ended, so each tag reads the text once.
+    ahead = [(start, tag) for tag in dict.fromkeys(tags) if (start := text.find(f"<{tag}>")) >= 0]
+    heapify(ahead)
+    blocks = []
+    position = 0
+    while ahead:
+        start, tag = heappop(ahead)
+        if start >= position:
+            start += len(tag) + 2
+            position = text.find(f"</{tag}>", start)
+            if position < 0:
+                raise _Malformed(f"<{tag}> is not closed. End it with </{tag}>.")
+            blocks.append(_Block(tag, text[start:position]))
+        if (start := text.find(f"<{tag}>", position)) >= 0:
+            heappush(ahead, (start, tag))
+    return blocks
+
+
+def _stray_end(text: str, tags: Sequence[str]) -> str:
+    return next((f": </{tag}> without <{tag}> before it" for tag in tags if f"</{tag}>" in text), "")
+
+
+# Reading blocks ------------------------------------------------------------------------------------------------------
+
+
+def _answer(body: str) -> FinalAnswer:
+    if not (text := body.strip()):
+        raise _Malformed("The answer is empty. Give the answer itself, or call a tool.")
+    return FinalAnswer(text)
+
+
+def _call_of_body(block: _Block, known: Known, where: str) -> ToolCall:
+    """Reads a call whose tool is known from its tag: a JSON object, or the one string that the tool needs."""
+    function = _function(block.tag, known)
+    body = block.body.strip()
+    if body.startswith("{"):
+        arguments = _object(body, where, f"Expected {signature(block.tag, function)}.")
+    elif not body:
+        arguments = {}
+    elif (argument := text_argument(function)) is not None:
+        arguments = {argument: body}
+    else:
+        raise _Malformed(f"{where} must be a JSON object of arguments. Expected {signature(block.tag, function)}.")
+    return _checked_call(block.tag, arguments, known)
+
+
+def _checked_call(name: str, arguments: dict[str, Any], known: Known) -> ToolCall:
+    function = _function(name, known)
+    parameters = function.get("parameters") or {}
+    # JSON Schema admits unknown properties unless told otherwise; a tool does not, unless told otherwise.
+    wrong = check_value(arguments, {"type": "object", "additionalProperties": False, **parameters})
+    if wrong:
+        raise _Malformed(f"{show(name)}: {wrong}. Expected {signature(name, function)}.")
+    return ToolCall(name, arguments)
+
+
+def _object(text: str, where: str, expected: str) -> dict[str, Any]:
+    try:
+        return loads_object(text)
+    except JSONRefused as error:
+        raise _Malformed(f"{where} {error}. {expected}") from None
+
+
+def _function(name: str, known: Known) -> Function:
+    if name not in known:
+        tools = ", ".join(list(known)[:20]) or "none"
+        raise _Malformed(f"Unknown tool {show(name)}; the tools are: {tools}.")
+    return known[name]
+
+
+# Writing blocks ------------------------------------------------------------------------------------------------------
+
+
+def _bodies(call: ToolCall) -> Iterator[str]:
+    """Yields ways to write arguments under a tag or line that names the tool."""
+    arguments = dict(call.arguments)
+    if not arguments:
+        yield ""
+    elif len(arguments) == 1 and isinstance(value := next(iter(arguments.values())), str):
+        yield value
+    yield dumps(arguments)
+    yield _without_tags(dumps(arguments))
+
+
+def _without_tags(body: str) -> str:
+    """Spells every `<` of a JSON text as an escape: it can only stand inside a string."""
+    return body.replace("<", "\\u003c")
+
+
+def _tool_of(call: ToolCall) -> dict[str, Any]:
+    """Returns a tool that takes exactly the arguments of a call."""
+    parameters = {"properties": {name: {} for name in call.arguments}, "required": list(call.arguments)}
+    return {"type": "function", "function": {"name": call.name, "parameters": parameters}}

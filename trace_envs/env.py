@@ -1,0 +1,270 @@
+"""`ToolEnv`: a Gymnasium environment whose steps are an agent's turns, in text.
+
+Invariant: everything that changes during an episode is in one immutable `EpisodeState`; the environment object only points
+at the current one. So a snapshot is a reference, and `advance` can be called on any state without touching the environment.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
+
+import gymnasium as gym
+import numpy as np
+
+from trace_envs.actions import get_format
+from trace_envs.snapshots import SCHEMA_VERSION, EnvSnapshot
+from trace_envs.spaces import UnicodeText
+from trace_envs.state import EpisodeState, FinalAnswer, FormatError, History, Outcome, Task, ToolCall, Turn
+
+MAX_KEY = 2**63 - 1
+Self = TypeVar("Self", bound="ToolEnv")
+
+
+class ToolEnv(gym.Env[str, str], ABC):
+    """Base of the environment families.
+
+    A family supplies the tasks (`pick_task`), its tools' schemas, and three pure functions: `initial_state(task, key)`,
+    `call_tool(state, call) -> (state, observation, error)` and `judge(state, answer) -> Outcome`. Whatever is random in them
+    is drawn from `self.randomness(state)`, which depends on the state alone.
+
+    One step is one turn: the action is the agent's text (a thought, then one tool call or the final answer), the observation
+    is what the tool returned. Malformed actions and refused calls are observations that say what was wrong; they count as
+    `tool_errors` and use up a turn.
+
+    Args:
+        action_format: `hermes` (default), `react` or `tags`; see `trace_envs.actions`.
+        max_turns: Turns after which the episode is truncated.
+        max_action_chars: Longer actions are refused unread.
+        max_observation_chars: Longer tool results are cut, with a note that says so.
+        system_prompt: First message of `info["messages"]`; `None` for the format's own instructions, `""` for none.
+        render_mode: `ansi` or `None`.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 1}
+
+    def __init__(
+        self,
+        *,
+        action_format: str = "hermes",
+        max_turns: int = 10,
+        max_action_chars: int = 16_384,
+        max_observation_chars: int = 16_384,
+        system_prompt: str | None = None,
+        render_mode: str | None = None,
+    ):
+        if max_turns < 1:
+            raise ValueError(f"max_turns must be at least 1, got {max_turns}")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"unknown render_mode {render_mode!r}; known: {self.metadata['render_modes']}")
+        self.render_mode = render_mode
+        self.action_format = get_format(action_format)
+        self.max_turns = max_turns
+        self.max_action_chars = max_action_chars
+        self.max_observation_chars = max_observation_chars
+        self.tools: list[dict[str, Any]] = self.tool_schemas()
+        self.system_prompt = self.action_format.instructions(self.tools) if system_prompt is None else system_prompt
+        self.observation_space = UnicodeText()
+        self.action_space = UnicodeText()
+        self._state: EpisodeState | None = None
+
+    # What a family supplies.
+
+    @abstractmethod
+    def tool_schemas(self) -> list[dict[str, Any]]:
+        """Returns the tools as OpenAI-style JSON schemas."""
+
+    @abstractmethod
+    def pick_task(self, rng: np.random.Generator, task_id: str | None) -> Task:
+        """Returns the task of that id, or a random one."""
+
+    @abstractmethod
+    def task_ids(self) -> Sequence[str]:
+        """Returns the ids of every task, in a fixed order."""
+
+    def initial_state(self, task: Task, key: int) -> EpisodeState:
+        """Returns the state before the first turn."""
+        return EpisodeState(task=task, key=key)
+
+    @abstractmethod
+    def call_tool(self, state: EpisodeState, call: ToolCall) -> tuple[EpisodeState, str, bool]:
+        """Applies a well-formed call: the new state, what the agent sees, and whether the tool refused."""
+
+    @abstractmethod
+    def judge(self, state: EpisodeState, answer: str | None) -> Outcome:
+        """Judges the final answer; `None` when the turns ran out without one."""
+
+    # The transition, pure.
+
+    @staticmethod
+    def randomness(state: EpisodeState) -> np.random.Generator:
+        """Returns the generator for what is random in this turn, a function of the state alone."""
+        return np.random.Generator(np.random.Philox(key=state.key, counter=[0, 0, 0, state.turn]))
+
+    def advance(self, state: EpisodeState, text: str) -> EpisodeState:
+        """Returns the state after one turn; neither `state` nor the environment changes.
+
+        Raises:
+            RuntimeError: The episode is over.
+        """
+        if state.done:
+            raise RuntimeError("the episode is over; call reset() or restore() before the next step")
+        if len(text) > self.max_action_chars:
+            size, text = len(text), text[: self.max_action_chars]
+            action = FormatError(f"The action is {size} characters long; at most {self.max_action_chars} are read.")
+        else:
+            action = self.action_format.parse(text, self.tools)
+        if isinstance(action, FinalAnswer):
+            turn = Turn(text, action, "")
+            state = replace(state, turn=state.turn + 1, history=History(turn, state.history), terminated=True)
+            return replace(state, outcome=self.judge(state, action.text))
+        if isinstance(action, FormatError):
+            after, observation, error = state, f"Error: {action.message}", True
+        else:
+            after, observation, error = self.call_tool(state, action)
+            after = replace(after, tool_calls=after.tool_calls + 1)
+        if len(observation) > self.max_observation_chars:
+            cut = len(observation) - self.max_observation_chars
+            observation = f"{observation[: self.max_observation_chars]}\n[{cut} more characters were cut]"
+        state = replace(
+            after,
+            turn=state.turn + 1,
+            history=History(Turn(text, action, observation, error), state.history),
+            tool_errors=state.tool_errors + int(error),
+            truncated=state.turn + 1 >= self.max_turns,
+        )
+        return replace(state, outcome=self.judge(state, None)) if state.truncated else state
+
+    # Gymnasium's interface.
+
+    @property
+    def state(self) -> EpisodeState:
+        """The current state.
+
+        Raises:
+            RuntimeError: `reset` was never called.
+        """
+        if self._state is None:
+            raise RuntimeError("call reset() first")
+        return self._state
+
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """Starts an episode.
+
+        Args:
+            seed: Seeds `np_random`, which picks the task and the episode's randomness.
+            options: `{"task_id": ...}` picks a task.
+
+        Returns:
+            The task's prompt and the info described at `info`.
+        """
+        super().reset(seed=seed)
+        options = dict(options or {})
+        task_id = options.pop("task_id", None)
+        if options:
+            raise ValueError(f"unknown reset options {sorted(options)}; known: ['task_id']")
+        task = self.pick_task(self.np_random, task_id)
+        self._state = self.initial_state(task, int(self.np_random.integers(MAX_KEY)))
+        return self.observation(), self.info()
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Takes one turn."""
+        self._state = state = self.advance(self.state, action)
+        reward = state.outcome.reward if state.outcome is not None else 0.0
+        return self.observation(), reward, state.terminated, state.truncated, self.info()
+
+    def observation(self) -> str:
+        """Returns what the agent sees now: the prompt at first, then the last turn's result."""
+        history = self.state.history
+        return self.state.task.prompt if history is None else history.turn.observation
+
+    def messages(self, state: EpisodeState | None = None) -> list[dict[str, Any]]:
+        """Returns the conversation as OpenAI-style chat messages."""
+        state = self.state if state is None else state
+        messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        messages.append({"role": "user", "content": state.task.prompt})
+        for turn in state.turns():
+            messages.append({"role": "assistant", "content": turn.text})
+            if turn.observation:
+                is_result = self.action_format.name == "hermes" and isinstance(turn.action, ToolCall)
+                messages.append({"role": "tool" if is_result else "user", "content": turn.observation})
+        return messages
+
+    def info(self) -> dict[str, Any]:
+        """Returns `messages`, `tools`, `task_id`, `turn`, `tool_calls`, `tool_errors`, `tool_error`; the verdict at the end.
+
+        `tool_error` says whether the last turn was malformed or refused. At the end of an episode there are also
+        `is_correct`, `reward_components` and `episode` (return `r` and length `l` in turns). Gold answers are never in it.
+        """
+        state = self.state
+        info: dict[str, Any] = {
+            "messages": self.messages(),
+            "tools": self.tools,
+            "task_id": state.task.task_id,
+            "turn": state.turn,
+            "tool_calls": state.tool_calls,
+            "tool_errors": state.tool_errors,
+            "tool_error": state.history is not None and state.history.turn.error,
+        }
+        if state.outcome is not None:
+            info["is_correct"] = state.outcome.is_correct
+            info["reward_components"] = dict(state.outcome.components)
+            info["episode"] = {"r": state.outcome.reward, "l": state.turn}
+        return info
+
+    def render(self) -> str | None:  # type: ignore[override]
+        """Returns the episode so far as plain text (`render_mode="ansi"`)."""
+        if self.render_mode != "ansi":
+            return None
+        lines = [f"[{self.state.task.task_id}] {self.state.task.prompt}"]
+        for number, turn in enumerate(self.state.turns(), 1):
+            lines.append(f"--- turn {number}\n{turn.text}")
+            if turn.observation:
+                lines.append(f">>> {turn.observation}")
+        if self.state.outcome is not None:
+            verdict = "correct" if self.state.outcome.is_correct else "wrong"
+            lines.append(f"=== {verdict}, reward {self.state.outcome.reward:g}")
+        return "\n".join(lines)
+
+    # Snapshots.
+
+    def _env_id(self) -> str:
+        return self.spec.id if self.spec is not None else type(self).__name__
+
+    def snapshot(self) -> EnvSnapshot:
+        """Returns the present moment, in constant time: the state is immutable and shared."""
+        random_state = None if self._np_random is None else self._np_random.bit_generator.state
+        return EnvSnapshot(self._env_id(), self.state.turn, self.state, random_state)
+
+    def restore(self, snapshot: EnvSnapshot, *, seed: int | None = None) -> None:
+        """Returns to a moment, in constant time.
+
+        Args:
+            snapshot: Taken from this environment or from another of the same id.
+            seed: New randomness for the turns that follow; `None` repeats them exactly.
+
+        Raises:
+            ValueError: The snapshot is of another environment id or schema version.
+        """
+        if snapshot.version != SCHEMA_VERSION:
+            raise ValueError(
+                f"the snapshot has schema version {snapshot.version}, this release reads version {SCHEMA_VERSION}"
+            )
+        if snapshot.env_id != self._env_id():
+            raise ValueError(f"the snapshot is of {snapshot.env_id!r}, this environment is {self._env_id()!r}")
+        self._state = snapshot.payload if seed is None else replace(snapshot.payload, key=seed)
+        if seed is not None:
+            self._np_random, self._np_random_seed = np.random.default_rng(seed), seed
+        elif snapshot.random_state is not None:
+            self.np_random.bit_generator.state = snapshot.random_state
+
+    def fork(self: Self) -> Self:
+        """Returns an independent environment at the same moment; tasks, corpus and index are shared."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._np_random = None
+        if self._np_random is not None:
+            twin.np_random.bit_generator.state = self._np_random.bit_generator.state
+        return twin

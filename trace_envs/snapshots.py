@@ -1,0 +1,154 @@
+"""Snapshots of environments: values that can be kept, compared, sent to another process, and restored any number of times.
+
+Invariant: a snapshot holds no reference to anything that a later step can change.
+
+An environment of this package (or any environment that has the same three methods) is snapshotted by its own
+`snapshot()`/`restore()`; whatever stands around it in a stack of Gymnasium wrappers is looked at wrapper by wrapper. A
+wrapper whose state cannot be carried is named in a `SnapshotUnsupportedError`: nothing is ever restored by halves.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import gymnasium as gym
+
+SCHEMA_VERSION = 1
+
+
+class SnapshotUnsupportedError(TypeError):
+    """The environment, or a wrapper around it, cannot be snapshotted; the message says what to add."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnvSnapshot:
+    """One moment of one environment.
+
+    Attributes:
+        env_id: Registered id (or class name) of the environment that it was taken from.
+        turn: Number of turns taken in the episode.
+        payload: The environment's own immutable state.
+        random_state: State of the environment's `np_random`, as its bit generator gives it.
+        wrappers: For each stateful wrapper of the stack, outermost first: class name and its mutable attributes.
+        version: Version of this record's layout.
+    """
+
+    env_id: str
+    turn: int
+    payload: Any
+    random_state: Mapping[str, Any] | None = None
+    wrappers: tuple[tuple[str, Mapping[str, Any]], ...] = field(default=())
+    version: int = SCHEMA_VERSION
+
+
+@runtime_checkable
+class Snapshotable(Protocol):
+    """What an environment offers in order to be branched.
+
+    `restore(snapshot, seed=s)` puts the environment back and gives everything random that follows a new seed, so that two
+    branches of one prefix do not share their luck; without a seed, the future repeats exactly.
+    """
+
+    def snapshot(self) -> EnvSnapshot:
+        """Returns the present moment as a value."""
+        ...
+
+    def restore(self, snapshot: EnvSnapshot, *, seed: int | None = None) -> None:
+        """Returns to a moment."""
+        ...
+
+
+# Mutable attributes of Gymnasium's own wrappers that belong to an episode. A wrapper class that is not listed may hold no
+# mutable state of its own beyond what every wrapper has.
+_WRAPPER_STATE: dict[str, tuple[str, ...]] = {
+    "TimeLimit": ("_elapsed_steps",),
+    "OrderEnforcing": ("_has_reset",),
+    "PassiveEnvChecker": ("checked_reset", "checked_step", "checked_render", "close_called"),
+    "RecordEpisodeStatistics": ("episode_count", "episode_start_time", "episode_returns", "episode_lengths"),
+    "TransformObservation": (),
+    "TransformReward": (),
+    "TransformAction": (),
+    "FilterObservation": (),
+    "FlattenObservation": (),
+}
+
+
+def _stack(env: gym.Env) -> tuple[list[gym.Wrapper], gym.Env]:
+    wrappers = []
+    while isinstance(env, gym.Wrapper):
+        wrappers.append(env)
+        env = env.env
+    return wrappers, env
+
+
+def _wrapper_attributes(wrapper: gym.Wrapper) -> tuple[str, ...]:
+    name = type(wrapper).__name__
+    if name not in _WRAPPER_STATE or not type(wrapper).__module__.startswith("gymnasium."):
+        raise SnapshotUnsupportedError(
+            f"the wrapper {type(wrapper).__module__}.{name} may hold state that a snapshot would lose; remove it from the "
+            f"stack, or snapshot the environment inside it (env.unwrapped)"
+        )
+    return _WRAPPER_STATE[name]
+
+
+def snapshot(env: gym.Env) -> EnvSnapshot:
+    """Snapshots an environment through its whole stack of wrappers.
+
+    Raises:
+        SnapshotUnsupportedError: The environment has no `snapshot()`, or a wrapper's state cannot be carried.
+    """
+    wrappers, inner = _stack(env)
+    if not isinstance(inner, Snapshotable):
+        raise SnapshotUnsupportedError(
+            f"{type(inner).__name__} cannot be branched: give it snapshot() and restore(snapshot, *, seed=None) "
+            f"(see trace_envs.snapshots.Snapshotable)"
+        )
+    taken = inner.snapshot()
+    if not wrappers:
+        return taken
+    states = tuple(
+        (type(w).__name__, {name: copy.copy(getattr(w, name)) for name in _wrapper_attributes(w)}) for w in wrappers
+    )
+    return EnvSnapshot(taken.env_id, taken.turn, taken.payload, taken.random_state, states, taken.version)
+
+
+def restore(env: gym.Env, taken: EnvSnapshot, *, seed: int | None = None) -> None:
+    """Puts an environment and its wrappers back to a snapshot.
+
+    Args:
+        env: An environment with the same stack as the one that the snapshot was taken from.
+        taken: The snapshot.
+        seed: New seed for whatever is random from here on; `None` repeats the future exactly.
+
+    Raises:
+        ValueError: The snapshot is of another environment, another stack of wrappers, or another schema version.
+    """
+    wrappers, inner = _stack(env)
+    if not isinstance(inner, Snapshotable):
+        raise SnapshotUnsupportedError(f"{type(inner).__name__} has no restore(snapshot, *, seed=None)")
+    names = [type(w).__name__ for w in wrappers]
+    if taken.wrappers and names != [name for name, _ in taken.wrappers]:
+        raise ValueError(
+            f"the snapshot was taken through the wrappers {[n for n, _ in taken.wrappers]}, this environment has {names}"
+        )
+    inner.restore(taken, seed=seed)
+    for wrapper, (_, attributes) in zip(wrappers, taken.wrappers, strict=bool(taken.wrappers)):
+        for name, value in attributes.items():
+            setattr(wrapper, name, copy.copy(value))
+
+
+def fork(env: gym.Env) -> gym.Env:
+    """Returns an independent copy of an environment of this package, at the same moment.
+
+    Raises:
+        SnapshotUnsupportedError: The environment has no `fork()` of its own.
+    """
+    wrappers, inner = _stack(env)
+    if wrappers:
+        raise SnapshotUnsupportedError("fork() copies bare environments; call it on env.unwrapped")
+    if not hasattr(inner, "fork"):
+        raise SnapshotUnsupportedError(f"{type(inner).__name__} has no fork()")
+    return inner.fork()

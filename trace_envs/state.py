@@ -1,0 +1,152 @@
+"""Immutable records of what happened in an episode.
+
+Invariant: an :class:`EpisodeState` is never changed. A step makes a new one whose history points at the old one's, so that
+any number of branches share the turns that they have in common and a snapshot is a reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One problem. Families subclass it; whatever they add is immutable too.
+
+    Attributes:
+        task_id: Unique within its data set; `reset(options={"task_id": ...})` picks it.
+        prompt: What the agent is asked, in words.
+    """
+
+    task_id: str
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A well-formed call of one tool."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FinalAnswer:
+    """The agent's last word."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class FormatError:
+    """An action that is neither; `message` tells the agent what was wrong and what is expected."""
+
+    message: str
+
+
+Action = ToolCall | FinalAnswer | FormatError
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One thought-action-observation.
+
+    Attributes:
+        text: The agent's text, as it came.
+        action: What it was parsed to.
+        observation: What the agent is shown next; empty after the last turn.
+        error: Whether the action was malformed or the tool refused it.
+    """
+
+    text: str
+    action: Action
+    observation: str
+    error: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """A persistent list: one turn and the history before it."""
+
+    turn: Turn
+    before: History | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as a flat tuple: a long history must not exhaust the recursion limit."""
+        return _history_from_turns, (tuple(turns_of(self)),)
+
+
+def turns_of(history: History | None) -> list[Turn]:
+    """Returns the turns of a history, oldest first."""
+    turns = []
+    while history is not None:
+        turns.append(history.turn)
+        history = history.before
+    return turns[::-1]
+
+
+def _history_from_turns(turns: tuple[Turn, ...]) -> History | None:
+    history = None
+    for turn in turns:
+        history = History(turn, history)
+    return history
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an episode was judged.
+
+    Attributes:
+        is_correct: The environment's own success flag, never a shaped reward.
+        reward: Terminal reward, in [0, 1].
+        components: Named scores behind it, such as `em` and `f1`.
+    """
+
+    is_correct: bool
+    reward: float
+    components: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Mapping proxies do not pickle; plain dictionaries do."""
+        return Outcome, (self.is_correct, self.reward, dict(self.components))
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeState:
+    """Everything that distinguishes one moment of an episode from another.
+
+    Attributes:
+        task: The problem, shared by every state of every episode on it.
+        key: Randomness of the episode: whatever is random at turn t is drawn from `(key, t)`.
+        turn: Number of turns taken.
+        history: The turns, newest first.
+        tool_calls: Well-formed calls so far.
+        tool_errors: Malformed actions and refused calls so far.
+        world: What the family's tools act on, immutable; `None` where tools have no state.
+        outcome: The verdict, once the episode has terminated.
+        terminated: The agent answered.
+        truncated: The turn limit was reached without an answer.
+    """
+
+    task: Task
+    key: int
+    turn: int = 0
+    history: History | None = None
+    tool_calls: int = 0
+    tool_errors: int = 0
+    world: Any = None
+    outcome: Outcome | None = None
+    terminated: bool = False
+    truncated: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the episode is over."""
+        return self.terminated or self.truncated
+
+    def turns(self) -> Iterator[Turn]:
+        """Yields the turns, oldest first."""
+        yield from turns_of(self.history)
