@@ -29,9 +29,9 @@ class CheckpointError(ValueError):
 def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     """Replaces arrays by references, and collects them."""
     if isinstance(value, torch.Tensor | np.ndarray):
-        is_numpy = isinstance(value, np.ndarray)
-        tensors[path] = torch.from_numpy(np.ascontiguousarray(value)) if is_numpy else value.detach().cpu().contiguous()
-        return {_TENSOR: path, _NUMPY: is_numpy}
+        # Tensors that share memory are refused by safetensors; a checkpoint keeps each as its own.
+        tensors[path] = torch.as_tensor(value).detach().cpu().clone().contiguous()
+        return {_TENSOR: path, _NUMPY: isinstance(value, np.ndarray)}
     if isinstance(value, Mapping):
         if all(isinstance(k, str) for k in value):
             return {k: _flatten(v, f"{path}/{k}", tensors) for k, v in value.items()}
@@ -89,8 +89,7 @@ def save_checkpoint(
     tokenizer.save_pretrained(temporary)
     tensors: dict[str, torch.Tensor] = {}
     plain = _flatten(state, "", tensors)
-    # Tensors that share memory are refused by safetensors; a checkpoint keeps each as its own.
-    save_file({k: v.clone() for k, v in tensors.items()}, temporary / "trainer.safetensors")
+    save_file(tensors, temporary / "trainer.safetensors")
     (temporary / "trainer.json").write_text(json.dumps({"version": FORMAT_VERSION, "update": update, "state": plain}))
     for file in temporary.iterdir():
         _sync(file)

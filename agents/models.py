@@ -40,5 +40,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[
                 f"with save_pretrained, or a hub id"
             )
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
+    )
     return model.to(device).eval(), tokenizer

@@ -94,7 +94,6 @@ def build_model(vocab_size: int, *, width: int = 128, layers: int = 3, heads: in
         head_dim=width // heads,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

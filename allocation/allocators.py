@@ -2,9 +2,9 @@
 
 Invariant: an allocator never samples and never looks at text; it sees trees, their outcomes and a predictor.
 
-`grpo` samples a fixed group at every prompt. `trace` spends the budget in two stages (TRACE, arXiv 2606.11119; docs/algorithm.md
-sections 1 and 2): over a pool of prompts by the chance that their root rollouts will be mixed, then, prompt by prompt,
-over the prefixes of those rollouts by the chance that a continuation flips the outcome.
+`grpo` samples a fixed group at every prompt. `trace` spends the budget in two stages (TRACE, arXiv 2606.11119;
+docs/algorithm.md sections 1 and 2): over a pool of prompts by the chance that their root rollouts will be mixed, then,
+prompt by prompt, over the prefixes of those rollouts by the chance that a continuation flips the outcome.
 """
 
 from __future__ import annotations

@@ -115,10 +115,8 @@ def _increments(
     if mode == "random":
         # Any falling increments shared by all prefixes deal units out in rounds, in the random order of the rows.
         return np.broadcast_to(-np.arange(depth, dtype=np.float64), (a.size, depth))
-    if mode == "flip":
-        table = flip_success(a, b, r, depth, belief=belief)
-    else:
-        table = exact_contrast(a, b, depth, belief=belief)
+    is_flip = mode == "flip"
+    table = flip_success(a, b, r, depth, belief=belief) if is_flip else exact_contrast(a, b, depth, belief=belief)
     return np.diff(table, axis=1) * weight[:, None]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import SyncVectorEnv, VectorEnv
-from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
 import trace_envs
 from allocation.allocators import Allocator, make_allocator
@@ -127,6 +127,9 @@ class TreeAllocationWrapper(VectorEnv):
         self.single_action_space = self._envs[0].action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
+        # What an idle slot shows.
+        blank: Any = create_empty_array(self.single_observation_space, n=1)
+        self._placeholder = next(iter(iterate(batch_space(self.single_observation_space, 1), blank)))
         self.metadata = {**envs.metadata, "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
         self.allocator = make_allocator(allocator, predictor=predictor) if isinstance(allocator, str) else allocator
         self.budget = budget
@@ -315,13 +318,10 @@ class TreeAllocationWrapper(VectorEnv):
             self._scheduler.finished(slot.job)
 
     def _observations(self) -> Any:
-        empty = create_empty_array(self.single_observation_space, n=1)
-        placeholder = (
-            next(iter(empty)) if isinstance(empty, tuple) else empty[0] if hasattr(empty, "__getitem__") else empty
-        )
-        items = [slot.observation if slot is not None else placeholder for slot in self._slots]
-        out = create_empty_array(self.single_observation_space, n=self.num_envs)
-        return concatenate(self.single_observation_space, items, out)
+        space: Any = self.single_observation_space
+        items = [slot.observation if slot is not None else self._placeholder for slot in self._slots]
+        batch: Any = create_empty_array(space, n=self.num_envs)
+        return concatenate(space, items, batch)
 
     def _infos(self, final: dict[int, tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
         infos: dict[str, Any] = {}

@@ -66,7 +66,14 @@ class Snapshotable(Protocol):
 _WRAPPER_STATE: dict[str, tuple[str, ...]] = {
     "TimeLimit": ("_elapsed_steps",),
     "OrderEnforcing": ("_has_reset",),
-    "PassiveEnvChecker": ("checked_reset", "checked_step", "checked_render", "close_called"),
+    "PassiveEnvChecker": (
+        "checked_reset",
+        "checked_step",
+        "checked_render",
+        "checked_data_reuse",
+        "_previous_data",
+        "close_called",
+    ),
     "RecordEpisodeStatistics": ("episode_count", "episode_start_time", "episode_returns", "episode_lengths"),
     "TransformObservation": (),
     "TransformReward": (),

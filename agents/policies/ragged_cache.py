@@ -14,10 +14,10 @@ from transformers.cache_utils import CacheLayerMixin
 class _RaggedLayer(CacheLayerMixin):
     """Writes each row's new keys behind its old ones."""
 
-    def __init__(self, owner: RaggedCache):
+    def __init__(self, owner: RaggedCache, index: int):
         super().__init__()
         self._owner = owner
-        self.index = -1
+        self._index = index
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """The owner allocates."""
@@ -28,7 +28,7 @@ class _RaggedLayer(CacheLayerMixin):
         """Scatters [rows, heads, new, dim] behind each row's length; returns everything up to the longest row."""
         owner = self._owner
         data = owner.reserve(key_states)
-        keys, values = data[2 * self.index], data[2 * self.index + 1]
+        keys, values = data[2 * self._index], data[2 * self._index + 1]
         if key_states.shape[2] == 1:
             keys[owner.rows, :, owner.lengths] = key_states[:, :, 0]
             values[owner.rows, :, owner.lengths] = value_states[:, :, 0]
@@ -66,10 +66,7 @@ class RaggedCache(Cache):
     """
 
     def __init__(self, num_layers: int, lengths: torch.Tensor, capacity: int):
-        layers = [_RaggedLayer(self) for _ in range(num_layers)]
-        for index, layer in enumerate(layers):
-            layer.index = index
-        super().__init__(layers=layers)
+        super().__init__(layers=[_RaggedLayer(self, index) for index in range(num_layers)])
         self.lengths = lengths
         self.rows = torch.arange(len(lengths), device=lengths.device)
         self.capacity = capacity

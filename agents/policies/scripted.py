@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from trace_envs.multihop_qa.heuristics import bm25_action
 
 from allocation import Context, Sample
 from trace_envs.actions import ActionFormat, get_format
 from trace_envs.multihop_qa.data import QATask
+from trace_envs.multihop_qa.heuristics import bm25_action
 from trace_envs.multihop_qa.oracle import oracle_action
 from trace_envs.state import EpisodeState, FinalAnswer, ToolCall
 

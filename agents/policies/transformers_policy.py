@@ -183,13 +183,8 @@ class TransformersPolicy:
         for context, ids in zip(contexts, context_ids, strict=True):
             path = context.tree.path(context.node)
             stored = self._segments.setdefault(context.tree, {})
-            segments = []
-            for at, node in enumerate(path):
-                if node.id not in stored:
-                    break
-                segments.append(stored[node.id])
-            else:
-                at = len(path)
+            at = next((i for i, node in enumerate(path) if node.id not in stored), len(path))
+            segments = [stored[node.id] for node in path[:at]]
             todo = [_tokens_of(n, ids if n is context.node else None) for n in path[at:]]
             if at == len(path):
                 # Everything is known but what follows the last token: feed that one again.
@@ -212,12 +207,12 @@ class TransformersPolicy:
             for segment in segments:
                 cache.lay(row, start, segment)
                 start += segment.shape[2]
-        ids = torch.full((len(fresh), longest), self.codec.end_id, device=device)
+        inputs = torch.full((len(fresh), longest), self.codec.end_id, device=device)
         for row, tokens in enumerate(fresh):
-            ids[row, : len(tokens)] = torch.from_numpy(tokens)
+            inputs[row, : len(tokens)] = torch.from_numpy(tokens)
         last = torch.tensor([c - 1 for c in counts], device=device)
         keep, where = torch.unique(last, return_inverse=True)
-        logits = self._forward(cache, ids, keep)[cache.rows, where]
+        logits = self._forward(cache, inputs, keep)[cache.rows, where]
         assert self._hidden is not None
         hidden = self._hidden[cache.rows, where]
         cache.lengths = cache.lengths + torch.tensor(counts, device=device)

@@ -53,7 +53,7 @@ def load_or_build(
     path = cache_directory(directory) / f"bm25-{digest}.npz"
     try:
         return _load(path, digest, size)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         warnings.warn(f"the cached index {path} is damaged ({error}); building it anew", stacklevel=3)

@@ -1,7 +1,7 @@
 """Reads HotpotQA, 2WikiMultiHopQA, MuSiQue and Bamboogle, from files in their public formats or through `datasets`.
 
 Invariant: a data set keeps its source's order, ids and wording; passages come in order of first appearance and are
-merged only if both title and text agree. What cannot be read is refused in a sentence that names file, record and field.
+merged only if both title and text agree. What cannot be read is refused in a sentence that names file, record, field.
 """
 
 from __future__ import annotations

@@ -170,8 +170,8 @@ def read_passages(path: str | Path, argument: str, joiner: str) -> list[Passage]
     """Returns the passages of a corpus file.
 
     Args:
-        path: JSON list or lines of `{"title", "text"}` (or `paragraph_text`, `sentences`, Search-R1's `contents`), or an
-            object of title -> sentences.
+        path: JSON list or lines of `{"title", "text"}` (for text also `paragraph_text`, `sentences` or Search-R1's
+            `contents`), or an object of title -> sentences.
         argument: Name of the argument that gave the path.
         joiner: What stands between sentences that are listed singly.
     """

@@ -27,6 +27,7 @@ _WORD = re.compile(r"\w+")
 _FREQUENT = 1 / 64  # a term in a larger share of the documents is kept as a full row, cheaper to add than a list ...
 _ROW_BYTES = 128 << 20  # ... as long as the rows take no more memory than this
 _GROUP = 32  # values from which `_floor` takes the greatest
+_LEAST_IDF = 1e-20  # less might vanish in single precision
 _CACHE_FROM = 5_000  # passages; a smaller index is built as quickly as it is read
 
 
@@ -53,12 +54,11 @@ class BM25Index:
         epsilon: Terms in more than half of the documents get this share of the average idf instead of a negative idf.
 
     Raises:
-        ValueError: There is no document.
+        ValueError: There is no document, `k1` is not positive or `b` is not in [0, 1].
     """
 
     def __init__(self, texts: Sequence[str], *, k1: float = 1.5, b: float = 0.75, epsilon: float = 0.25):
-        if len(texts) == 0:
-            raise ValueError("an index needs at least one text, got none")
+        _check(texts, k1, b)
         self._assemble(_count(texts), content_hash(texts, k1, b, epsilon), k1, b, epsilon)
 
     @classmethod
@@ -84,8 +84,7 @@ class BM25Index:
             An index equal to `BM25Index(texts, ...)`. A damaged file is rebuilt with a warning; where nothing can be
             written, the index is still returned, with a warning.
         """
-        if len(texts) == 0:
-            raise ValueError("an index needs at least one text, got none")
+        _check(texts, k1, b)
         digest = content_hash(texts, k1, b, epsilon)
         counts = load_or_build(digest, len(texts), lambda: _count(texts), directory)
         index = cls.__new__(cls)
@@ -124,7 +123,7 @@ class BM25Index:
         # Plain lists: they are read one element at a time.
         self._starts, self._bounds = starts.tolist(), bounds.tolist()
         self._row = np.where(frequent, np.cumsum(frequent) - 1, -1).tolist()
-        self._not_positive = frozenset(np.flatnonzero(self._idf <= 0).tolist())
+        self._not_positive = frozenset(np.flatnonzero(self._idf < _LEAST_IDF).tolist())
         tables = (
             self._idf,
             self._norm,
@@ -159,7 +158,7 @@ class BM25Index:
         if not terms:
             return np.empty(0, np.int64), np.empty(0, np.float64)
         lists = _Lists(self, terms)
-        # Where a weight is zero or negative (a term in half of the documents, a tiny corpus) no bound holds.
+        # Where a weight is not positive (a term in half of the documents, a tiny corpus) no bound holds.
         bounded = self._not_positive.isdisjoint(terms)
         documents = self._candidates(lists, k) if bounded else self._sharing(lists)
         scores = self._exact(lists, documents)
@@ -180,7 +179,8 @@ class BM25Index:
         """Returns the index itself: it is immutable, so copies of an environment share it."""
         return self
 
-    __copy__ = __deepcopy__
+    def __copy__(self) -> BM25Index:
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_local"}
@@ -228,7 +228,7 @@ class BM25Index:
                 weights = self._row_weights[row]
                 partial += weights if count == 1 else weights * np.float32(count)
             least = _floor(partial, k) * slack
-            return np.flatnonzero(partial >= least if least > 0 else partial > 0)
+            return (partial >= least if least > 0 else partial > 0).nonzero()[0]
         finally:
             if rows_used:
                 partial.fill(0)
@@ -242,7 +242,7 @@ class BM25Index:
             slot = np.full(self.size, -1) if len(documents) > self.size // 8 else self._slots()
             slot[documents] = np.arange(len(documents))
             at = slot[lists.docs]
-            hits = np.flatnonzero(at >= 0)
+            hits = (at >= 0).nonzero()[0]
             of = lists.offsets.searchsorted(hits, "right") - 1
             tf[of, at[hits]] = self._tf[hits + lists.shifts[of]]
             slot[documents] = -1
@@ -294,8 +294,9 @@ class _Lists:
         parts = [slice(starts[term], starts[term + 1]) for term in rare]
         self.docs = np.concatenate([index._docs[part] for part in parts])
         weights = [index._weights[part] for part in parts]
-        if len(terms) > len(counts):
-            weights = [part * np.float32(counts[term]) for term, part in zip(rare, weights, strict=True)]
+        for i, term in enumerate(rare):
+            if counts[term] > 1:
+                weights[i] = weights[i] * np.float32(counts[term])
         self.weights = np.concatenate(weights)
         # Entry i of `docs` is in the last list whose offset is <= i, and stands at i + shift in the index.
         offsets = [0, *accumulate(part.stop - part.start for part in parts)][:-1]
@@ -314,6 +315,13 @@ def _floor(values: NDArray[np.float32], k: int) -> float:
     if len(values) < k:
         return 0.0
     return float(np.partition(values, len(values) - k)[len(values) - k])
+
+
+def _check(texts: Sequence[str], k1: float, b: float) -> None:
+    if len(texts) == 0:
+        raise ValueError("an index needs at least one text, got none")
+    if not k1 > 0 or not 0 <= b <= 1:
+        raise ValueError(f"k1 must be positive and b in [0, 1], got k1={k1} and b={b}")
 
 
 def _count(texts: Sequence[str]) -> dict[str, Any]:
@@ -374,4 +382,6 @@ def make_retriever(name: str, texts: Sequence[str]) -> Retriever:
 
 def format_passages(passages: Iterable[Passage]) -> str:
     """Returns what an agent sees of some passages: one numbered line each, `[1] Title: text`."""
-    return "\n".join(f"[{i}] {passage.title}: {passage.text}" for i, passage in enumerate(passages, 1))
+    # A text's own line breaks would let it pass for several passages.
+    lines = (f"[{i}] {passage.title}: {passage.text}" for i, passage in enumerate(passages, 1))
+    return "\n".join(line.replace("\r", " ").replace("\n", " ") for line in lines)
