@@ -30,8 +30,10 @@ def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     """Replaces arrays by references, and collects them."""
     if isinstance(value, torch.Tensor | np.ndarray):
         # Tensors that share memory are refused by safetensors; a checkpoint keeps each as its own.
-        tensors[path] = torch.as_tensor(value).detach().cpu().clone().contiguous()
-        return {_TENSOR: path, _NUMPY: isinstance(value, np.ndarray)}
+        # The number keeps apart what has the same path, such as {"a/b": x} and {"a": {"b": y}}.
+        name = f"{len(tensors)}:{path}"
+        tensors[name] = torch.as_tensor(value).detach().cpu().clone().contiguous()
+        return {_TENSOR: name, _NUMPY: isinstance(value, np.ndarray)}
     if isinstance(value, Mapping):
         if all(isinstance(k, str) for k in value):
             return {k: _flatten(v, f"{path}/{k}", tensors) for k, v in value.items()}
@@ -117,13 +119,20 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, Any]]:
     """
     try:
         record = json.loads((path / "trainer.json").read_text())
-        tensors = load_file(path / "trainer.safetensors")
+        if not isinstance(record, dict):
+            raise ValueError("trainer.json holds no record")
+        if record.get("version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint {path} has version {record.get('version')}, this release reads version {FORMAT_VERSION}"
+            )
+        return int(record["update"]), _restore(record["state"], load_file(path / "trainer.safetensors"))
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be read ({error} is missing); remove it to use an earlier one"
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be read ({error}); remove it to use an earlier one"
         ) from error
-    if record.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"the checkpoint {path} has version {record.get('version')}, this release reads version {FORMAT_VERSION}"
-        )
-    return int(record["update"]), _restore(record["state"], tensors)

@@ -1,4 +1,4 @@
-"""`trace-envs train | evaluate | show | bench`.
+"""`trace-envs train | evaluate | warm-start | show | bench`.
 
 Invariant: a mistake of the user ends in one sentence on standard error and status 2; an interrupt ends with a checkpoint and
 status 130.
@@ -27,7 +27,7 @@ from agents.report import write_report
 from agents.runlog import METRICS, read_jsonl
 from trace_envs.snapshots import SnapshotUnsupportedError
 
-Config = Annotated[TrainConfig, tyro.conf.OmitArgPrefixes]
+Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,21 @@ class EvaluateArgs:
     num_envs: int = 64
     seed: int = 0
     output: Path | None = None
+
+
+@dataclass(frozen=True)
+class WarmStartArgs:
+    """Trains the tiny agent from random weights on an oracle's trajectories, and saves it as a model folder.
+
+    Attributes:
+        output: Folder to write; `trace-envs train --model FOLDER` starts from it.
+        seed: Seeds weights, questions and mistakes.
+        threads: CPU threads of torch; 0 leaves torch's choice.
+    """
+
+    output: Path
+    seed: int = 0
+    threads: int = 0
 
 
 @dataclass(frozen=True)
@@ -220,6 +235,30 @@ def _evaluation_table(args: EvaluateArgs, record: dict[str, Any]) -> Table:
     return table
 
 
+def warm_start_command(argv: Sequence[str]) -> int:
+    """Runs `trace-envs warm-start`."""
+    import torch
+    from rich.progress import track
+
+    from agents.warm_start import WarmStartConfig, warm_start
+
+    args = _parse(WarmStartArgs, argv, "warm-start")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config = WarmStartConfig(seed=args.seed)
+    console = Console()
+    steps = iter(track(range(sum(phase.steps for phase in config.phases)), "warm start", console=console))
+
+    def progress(step: int, loss: float) -> None:
+        next(steps, None)
+        if step % 50 == 0:
+            console.print(f"step {step}: {loss:.3f} nats a token")
+
+    model, _ = warm_start(config, args.output, progress=progress)
+    console.print(f"{sum(p.numel() for p in model.parameters()):,} parameters saved to {args.output}")
+    return 0
+
+
 def show(argv: Sequence[str]) -> int:
     """Runs `trace-envs show`."""
     args = _parse(ShowArgs, argv, "show")
@@ -258,14 +297,16 @@ def _parse(cls: type, argv: Sequence[str], command: str, **kwargs: Any) -> Any:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate_command,
+    "warm-start": warm_start_command,
     "show": show,
     "bench": bench,
 }
 
-USAGE = """usage: trace-envs {train,evaluate,show,bench} [arguments]
+USAGE = """usage: trace-envs {train,evaluate,warm-start,show,bench} [arguments]
 
   train      train an agent (without arguments: the tiny agent on TraceMultiHopQA-v0, about five minutes on two cores)
   evaluate   score a scripted agent or a model on a data set
+  warm-start make the tiny agent's starting point
   show       print a run's gain and write its report
   bench      run a benchmark of a clone
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = {"tiny": ASSETS / "tiny-multihop"}
@@ -28,6 +30,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[
 
     Raises:
         FileNotFoundError: A local folder was named and is not there, or holds no `config.json`.
+        ValueError: The weights are damaged.
         OSError: The hub does not have the model or cannot be reached.
     """
     source = str(SHIPPED.get(name, name))
@@ -39,8 +42,13 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[
                 f"{source} is no model folder (no config.json); --model takes one of {', '.join(SHIPPED)}, a folder saved "
                 f"with save_pretrained, or a hub id"
             )
+    # Bars for each file read or written would run through the live display and the plain lines of a log.
+    transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
-    )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
+        )
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {source}/model.safetensors cannot be read ({error})") from error
     return model.to(device).eval(), tokenizer

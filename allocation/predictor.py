@@ -188,18 +188,22 @@ class HiddenStatePredictor:
         return self._roots_seen >= self.warmup_roots
 
     def _inputs(self, anchors: Sequence[Anchor]) -> np.ndarray:
-        x = np.stack([a.vector() for a in anchors]) if anchors else np.zeros((0, self.feature_dim + NUM_COUNTS))
-        if x.shape[1] != self.feature_dim + NUM_COUNTS:
-            got = x.shape[1] - NUM_COUNTS
-            raise ValueError(f"the predictor was made for hidden states of size {self.feature_dim}, got {got}")
-        return x.astype(np.float32)
+        # Zeros stand for a hidden state that nobody computed, such as that of a prompt too long for the model.
+        x = np.zeros((len(anchors), self.feature_dim + NUM_COUNTS), np.float32)
+        for row, anchor in zip(x, anchors, strict=True):
+            vector = anchor.vector()
+            if anchor.features is not None and len(vector) != len(row):
+                got = len(vector) - NUM_COUNTS
+                raise ValueError(f"the predictor was made for hidden states of size {self.feature_dim}, got {got}")
+            row[-len(vector) :] = vector
+        return x
 
     @torch.no_grad()
     def predict(self, anchors: Sequence[Anchor]) -> np.ndarray:
         """Returns the predicted chance of success of each anchor, float64 [n]."""
         if not len(anchors):
             return np.zeros(0)
-        return torch.sigmoid(self._head(torch.from_numpy(self._inputs(anchors)))[:, 0]).double().numpy()
+        return torch.sigmoid(self._head(torch.from_numpy(self._inputs(anchors)))[:, 0].double()).numpy()
 
     def update(self, anchors: Sequence[Anchor], values: np.ndarray, weights: np.ndarray) -> dict[str, float]:
         """Adds one batch to the replay and takes `steps` gradient steps.
@@ -262,9 +266,8 @@ class HiddenStatePredictor:
         """Restores what `state_dict` gave."""
         self._head.load_state_dict({k: torch.as_tensor(v) for k, v in state["head"].items()})
         optimizer = self._optimizer.state_dict()
-        optimizer["state"] = {
-            int(i): {k: torch.as_tensor(v) for k, v in s.items()} for i, s in state["optimizer"].items()
-        }
+        # Copies: the optimiser would go on writing into the arrays that it was given.
+        optimizer["state"] = {int(i): {k: torch.tensor(v) for k, v in s.items()} for i, s in state["optimizer"].items()}
         self._optimizer.load_state_dict(optimizer)
         for replay, name in ((self._roots, "roots"), (self._prefixes, "prefixes")):
             rows = state["replay"][name]

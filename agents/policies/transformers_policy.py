@@ -12,7 +12,7 @@ weights change (`reset_cache`).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,18 @@ class TransformersPolicy:
         max_new_tokens: Token limit of one action.
         temperature: 0 is greedy. Log-probs are those of the distribution that was sampled from.
         seed: Seeds the sampling.
+        batch_tokens: Most positions (rows times longest path) of one batch of decoding.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, max_new_tokens: int = 64, temperature: float = 1.0, seed: int = 0
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        seed: int = 0,
+        batch_tokens: int = 16_384,
     ):
         if temperature < 0:
             raise ValueError(f"temperature must not be negative, got {temperature}")
@@ -46,14 +54,13 @@ class TransformersPolicy:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self.model, self.codec = model, ChatCodec(tokenizer)
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.batch_tokens = batch_tokens
         self.max_length = int(getattr(model.config, "max_position_embeddings", 1 << 30))
         self.generator = torch.Generator(device=model.device).manual_seed(seed)
         self._num_layers = int(model.config.num_hidden_layers)
         self._segments: weakref.WeakKeyDictionary[Tree, dict[int, torch.Tensor]] = weakref.WeakKeyDictionary()
         self._pending: dict[int, tuple[weakref.ref[Tree], int, np.ndarray, torch.Tensor]] = {}
         self._hidden: torch.Tensor | None = None
-        # The input of the output layer is the last hidden state, for every architecture.
-        model.get_output_embeddings().register_forward_pre_hook(self._remember_hidden)
 
     def _remember_hidden(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
         self._hidden = args[0].detach()
@@ -83,53 +90,70 @@ class TransformersPolicy:
     @torch.inference_mode()
     def act(self, contexts: Sequence[Context]) -> list[Sample]:
         """Samples one action for each context."""
-        if not contexts:
-            return []
         was_training = self.model.training
         self.model.eval()
-        samples: list[Sample | None] = [None] * len(contexts)
+        ids = [self._context_ids(c) for c in contexts]
+        lengths = [self._path_length(c) + len(i) for c, i in zip(contexts, ids, strict=True)]
+        samples: dict[int, Sample] = {}
+        for batch in self._batches(contexts, lengths):
+            fitting = [i for i in batch if lengths[i] + 1 <= self.max_length]
+            for i in batch:
+                if i not in fitting:
+                    nothing = np.zeros(0, dtype=np.int64)
+                    samples[i] = Sample("", nothing, nothing.astype(np.float32), ids[i], None, "length")
+            if fitting:
+                acted = self._act([contexts[i] for i in fitting], [ids[i] for i in fitting])
+                samples |= dict(zip(fitting, acted, strict=True))
+        self.model.train(was_training)
+        return [samples[i] for i in range(len(contexts))]
+
+    def _batches(self, contexts: Sequence[Context], lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Yields indices in groups of similar length: every row of a batch pays for its longest one at every token."""
+        order = sorted(range(len(contexts)), key=lambda i: (lengths[i], contexts[i].tree.index, contexts[i].node.id))
+        batch: list[int] = []
+        for i in order:
+            if batch and (len(batch) + 1) * (lengths[i] + self.max_new_tokens) > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _act(self, contexts: Sequence[Context], ids: Sequence[np.ndarray]) -> list[Sample]:
+        """Acts on one batch whose paths all fit into the model's length."""
         index: dict[tuple[int, int], int] = {}
-        distinct: list[Context] = []
+        first: list[int] = []
         source: list[int] = []
-        for context in contexts:
+        for i, context in enumerate(contexts):
             key = (id(context.tree), context.node.id)
             if key not in index:
-                index[key] = len(distinct)
-                distinct.append(context)
+                index[key] = len(first)
+                first.append(i)
             source.append(index[key])
-        ids = [self._context_ids(c) for c in distinct]
-        lengths = [self._path_length(c) + len(i) for c, i in zip(distinct, ids, strict=True)]
-        fits = [n + 1 <= self.max_length for n in lengths]
-        for i, s in enumerate(source):
-            if not fits[s]:
-                nothing = np.zeros(0)
-                samples[i] = Sample("", nothing.astype(np.int64), nothing.astype(np.float32), ids[s], None, "length")
-        kept = [s for s in range(len(distinct)) if fits[s]]
-        if kept:
-            rows = [i for i, s in enumerate(source) if fits[s]]
-            place = {s: k for k, s in enumerate(kept)}
-            cache, logits, hidden, prefilled = self._prefill([distinct[s] for s in kept], [ids[s] for s in kept])
-            order = torch.tensor([place[source[i]] for i in rows], device=logits.device)
-            first = {place[source[i]]: i for i in reversed(rows)}
-            # More room is needed for what is about to be sampled; the copy also repeats rows that several rollouts leave.
-            self._grow(cache, order, max(lengths[source[i]] for i in rows) + self.max_new_tokens)
-            actions = self._decode(cache, logits[order], [contexts[i] for i in rows])
-            features = hidden.float().cpu().numpy()
-            for i, (tokens, logprobs, entropy) in zip(rows, actions, strict=True):
-                s = place[source[i]]
-                ended = len(tokens) > 0 and tokens[-1] == self.codec.end_id
-                samples[i] = Sample(
+        cache, logits, hidden, prefilled = self._prefill([contexts[i] for i in first], [ids[i] for i in first])
+        if len(first) < len(contexts):
+            # Several rollouts leave one prefix: repeat its row.
+            order = torch.tensor(source, device=logits.device)
+            cache.select(order)
+            logits = logits[order]
+        features = hidden.float().cpu().numpy()
+        samples = []
+        for i, (tokens, logprobs, entropy) in enumerate(self._decode(cache, logits, contexts)):
+            row = source[i]
+            ended = tokens[-1] == self.codec.end_id
+            samples.append(
+                Sample(
                     self.codec.text_of(tokens),
                     np.array(tokens, dtype=np.int64),
                     np.array(logprobs, dtype=np.float32),
-                    ids[source[i]],
-                    features[s],
+                    ids[i],
+                    features[row],
                     "stop" if ended else "length",
-                    prefilled[s] if first[s] == i else 0,
+                    prefilled[row] if first[row] == i else 0,
                     entropy,
                 )
-        self.model.train(was_training)
-        return [s for s in samples if s is not None]
+            )
+        return samples
 
     # Tokens.
 
@@ -160,14 +184,20 @@ class TransformersPolicy:
 
     def _forward(self, cache: RaggedCache, ids: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
         mask, position = cache.prepare(ids.shape[1])
-        return self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        ).logits
+        # The input of the output layer is the last hidden state, for every architecture. The hook is gone afterwards: the
+        # learner's passes through the same model are not to be remembered, and the model may outlive this policy.
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(self._remember_hidden)
+        try:
+            return self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            ).logits
+        finally:
+            hook.remove()
 
     def _prefill(
         self, contexts: Sequence[Context], context_ids: Sequence[np.ndarray]
@@ -201,7 +231,8 @@ class TransformersPolicy:
         lengths = torch.tensor([sum(s.shape[2] for s in k) for k in known], device=device)
         counts = [len(f) for f in fresh]
         longest = max(counts)
-        cache = RaggedCache(self._num_layers, lengths, int(lengths.max()) + longest)
+        room = int(lengths.max()) + longest + self.max_new_tokens
+        cache = RaggedCache(self._num_layers, lengths, room)
         for row, segments in enumerate(known):
             start = 0
             for segment in segments:
@@ -233,17 +264,6 @@ class TransformersPolicy:
         tree, parent, tokens, segment = self._pending[context.slot]
         same = tree() is context.tree and parent == context.node.parent
         return segment if same and np.array_equal(tokens, context.node.sample.action_ids) else None
-
-    @staticmethod
-    def _grow(cache: RaggedCache, rows: torch.Tensor, capacity: int) -> None:
-        old = cache.data
-        assert old is not None
-        held = int(cache.lengths.max())
-        cache.data = old.new_zeros(old.shape[0], len(rows), old.shape[2], capacity, old.shape[4])
-        cache.data[:, :, :, :held] = old[:, rows, :, :held]
-        cache.lengths = cache.lengths[rows]
-        cache.rows = torch.arange(len(rows), device=rows.device)
-        cache.capacity = capacity
 
     def _decode(
         self, cache: RaggedCache, logits: torch.Tensor, contexts: Sequence[Context]
@@ -300,7 +320,10 @@ class TransformersPolicy:
         if self.temperature == 0:
             ids = logprobs.argmax(-1)
         else:
-            ids = torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
+            # Inverse transform: one uniform number a row, where torch.multinomial draws one for each entry of the vocabulary.
+            cumulative = probabilities.cumsum(-1)
+            drawn = torch.rand(len(logits), 1, generator=self.generator, device=logits.device) * cumulative[:, -1:]
+            ids = (cumulative <= drawn).sum(-1).clamp(max=logits.shape[-1] - 1)
         entropy = -(probabilities * logprobs).sum(-1)
         return ids, logprobs.gather(-1, ids[:, None])[:, 0], entropy
 

@@ -98,7 +98,8 @@ def _bad_queries(task: QATask, done: int) -> list[str]:
 
 def _look_up_titles(task: QATask, turns: Sequence[Turn]) -> tuple[str, ToolCall | FinalAnswer]:
     titles = list(dict.fromkeys(task.supporting))
-    seen = [any(title in turn.observation for turn in turns) for title in titles]
+    # As the head of a passage: other passages mention the title too.
+    seen = [any(f"] {title}: " in turn.observation for turn in turns) for title in titles]
     tried = {_query_of(turn) for turn in turns}
     words = task.prompt.split()[:_WORDS_OF_QUESTION]
     for title, found in zip(titles, seen, strict=True):
