@@ -11,7 +11,7 @@ six-hop ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class WarmStartConfig:
         rename: Give the entities of each trajectory other names (`agents.renaming`).
         width, layers, heads: Shape of the model.
         vocab_size: Limit on the tokenizer's vocabulary.
+        bfloat16: Multiply matrices in bfloat16, which is faster where the processor knows it.
         seed: Seeds weights, questions and mistakes.
         env: Arguments of the environment.
     """
@@ -73,6 +74,7 @@ class WarmStartConfig:
     layers: int = 3
     heads: int = 4
     vocab_size: int = 1024
+    bfloat16: bool = True
     seed: int = 0
     env: dict[str, Any] = field(default_factory=lambda: {"top_k": 2, "system_prompt": ""})
 
@@ -168,6 +170,31 @@ def supervised_loss(model: Any, batch: Sequence[Trajectory]) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits, ids[rows, positions + 1], reduction="sum")
 
 
+class _Batches:
+    """Draws the batches of a phase."""
+
+    def __init__(self, config: WarmStartConfig, env: MultiHopQAEnv, tokenizer: Any):
+        self._config, self._env = config, env
+        self._codec = ChatCodec(tokenizer)
+        self._drill = ReadingDrills(env, self._codec)
+        self._rename = Renamer(tokenizer) if config.rename else None
+        self._by_hops: dict[int, list[QATask]] = {}
+        for task in env.dataset.tasks:
+            self._by_hops.setdefault(task.hops, []).append(task)
+
+    def __call__(self, phase: Phase, rng: np.random.Generator) -> list[Trajectory]:
+        size = self._config.batch_size
+        if phase.hops:
+            hops = rng.choice(len(phase.hops), size=size, p=np.array(phase.hops) / sum(phase.hops)) + 1
+            tasks = [self._by_hops[int(h)][int(rng.integers(len(self._by_hops[int(h)])))] for h in hops]
+            batch = [oracle_trajectory(self._env, self._codec, t, rng, self._config.noise) for t in tasks]
+        else:
+            batch = [self._drill(rng) for _ in range(size)]
+        if self._rename is not None:
+            batch = [Trajectory(self._rename(t.ids, rng), t.mask) for t in batch]
+        return batch
+
+
 def warm_start(
     config: WarmStartConfig, directory: str | Path, *, progress: Callable[[int, float], None] | None = None
 ) -> tuple[Any, Any]:
@@ -175,52 +202,51 @@ def warm_start(
 
     Args:
         config: See `WarmStartConfig`.
-        directory: Where the folder goes.
+        directory: Where the folder goes; the model as it was after each phase but the last is kept in `phase-<k>` in it.
         progress: Called with the step and the loss.
 
     Returns:
         The model and its tokenizer.
     """
+    directory = Path(directory)
     env = MultiHopQAEnv(split="train", **config.env)
     tokenizer = build_tokenizer(tokenizer_texts(env.dataset), vocab_size=config.vocab_size)
     model = build_model(len(tokenizer), width=config.width, layers=config.layers, heads=config.heads, seed=config.seed)
-    codec = ChatCodec(tokenizer)
-    drill = ReadingDrills(env, codec)
-    rename = Renamer(tokenizer) if config.rename else None
-    rng = np.random.default_rng([config.seed, 0x5F7])
-    by_hops: dict[int, list[QATask]] = {}
-    for task in env.dataset.tasks:
-        by_hops.setdefault(task.hops, []).append(task)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.01, betas=(0.9, 0.98))
+    batches = _Batches(config, env, tokenizer)
     done = 0
-    for phase in config.phases:
-        for step in range(phase.steps):
-            if phase.hops:
-                hops = rng.choice(len(phase.hops), size=config.batch_size, p=np.array(phase.hops) / sum(phase.hops)) + 1
-                tasks = [by_hops[int(h)][int(rng.integers(len(by_hops[int(h)])))] for h in hops]
-                batch = [oracle_trajectory(env, codec, t, rng, config.noise) for t in tasks]
-            else:
-                batch = [drill(rng) for _ in range(config.batch_size)]
-            if rename is not None:
-                batch = [Trajectory(rename(t.ids, rng), t.mask) for t in batch]
-            warm = min(1.0, (step + 1) / max(phase.steps // 10, 1))
-            decay = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * step / phase.steps))
-            for group in optimizer.param_groups:
-                group["lr"] = phase.lr * warm * decay
-            optimizer.zero_grad(set_to_none=True)
-            trained = sum(int(t.mask.sum()) for t in batch)
-            total = 0.0
-            for part in micro_batches(batch, MICRO_TOKENS):
-                loss = supervised_loss(model, part) / trained
-                loss.backward()
-                total += loss.item()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+    for number, phase in enumerate(config.phases, 1):
+        for loss in _train_phase(model, phase, number, config, batches):
             done += 1
             if progress is not None:
-                progress(done, total)
-    directory = Path(directory)
-    model.eval()
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return model, tokenizer
+                progress(done, loss)
+        folder = directory if number == len(config.phases) else directory / f"phase-{number}"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return model.eval(), tokenizer
+
+
+def _train_phase(model: Any, phase: Phase, number: int, config: WarmStartConfig, batches: _Batches) -> Iterator[float]:
+    """Trains one phase, yielding the loss of each step.
+
+    Optimiser and generator begin anew with each phase, so that a phase is a function of the model before it.
+    """
+    rng = np.random.default_rng([config.seed, number])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=phase.lr, weight_decay=0.01, betas=(0.9, 0.98))
+    model.train()
+    for step in range(phase.steps):
+        batch = batches(phase, rng)
+        warm = min(1.0, (step + 1) / max(phase.steps // 10, 1))
+        decay = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * step / phase.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = phase.lr * warm * decay
+        optimizer.zero_grad(set_to_none=True)
+        trained = sum(int(t.mask.sum()) for t in batch)
+        total = 0.0
+        for part in micro_batches(batch, MICRO_TOKENS):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bfloat16):
+                loss = supervised_loss(model, part) / trained
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield total

@@ -264,7 +264,9 @@ def test_nothing_to_resume_and_no_config(config, tmp_path, capsys):
     assert "is no run" in one_line(capsys)
 
 
+@pytest.mark.xfail(strict=True, reason="cli.py lets rich break long lines, after which they are no YAML")
 def test_a_dry_run_prints_the_settings_and_writes_nothing(config, tmp_path, capsys):
+    config = replace(config, name="long-" * 40)
     assert command(config, tmp_path, "--dry-run", "--lr", "0.5") == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert from_dict(TrainConfig, printed, "printed") == replace(config, lr=0.5)
