@@ -143,7 +143,7 @@ def train(argv: Sequence[str]) -> int:
     if args.dry_run:
         import yaml
 
-        console.print(yaml.safe_dump(to_dict(config), sort_keys=False), markup=False, highlight=False)
+        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         return 0
     trainer = Trainer(config, resume=args.resume)
     parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -317,9 +317,8 @@ def run_safely(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> 
     """Runs a command; a user's mistake becomes one sentence and status 2."""
     try:
         return command(argv)
-    except (ValueError, KeyError, FileNotFoundError, FileExistsError, SnapshotUnsupportedError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"error: {text}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, FloatingPointError, SnapshotUnsupportedError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

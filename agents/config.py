@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -126,7 +127,16 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("budget", "updates", "epochs", "max_new_tokens", "num_envs", "micro_tokens", "checkpoint_every"):
+        for name in (
+            "budget",
+            "updates",
+            "epochs",
+            "max_new_tokens",
+            "num_envs",
+            "micro_tokens",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
@@ -180,7 +190,17 @@ def from_dict(cls: type, data: Any, where: str) -> Any:
             values[name] = Path(value)
         else:
             values[name] = tuple(value) if isinstance(value, list) else value
+            _check_type(values[name], hint, f"{where}: {name}")
     return cls(**values)
+
+
+def _check_type(value: Any, hint: Any, where: str) -> None:
+    """Refuses a value of the wrong type; an integer may stand for a float."""
+    kinds = tuple(get_origin(h) or h for h in (get_args(hint) if isinstance(hint, UnionType) else (hint,)))
+    kinds += (int,) if float in kinds else ()
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join(sorted({"none" if k is type(None) else k.__name__ for k in kinds}))
+        raise ValueError(f"{where}: expected {expected}, got {value!r}")
 
 
 def load_config(path: str | Path) -> TrainConfig:

@@ -5,6 +5,8 @@ Invariant: everything that influences the next update is in `Trainer.state_dict`
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -54,6 +56,30 @@ class TaskDeck:
         self._order = np.asarray(state["order"], dtype=np.int64)
 
 
+class _Interrupt:
+    """Turns the first Ctrl-C into a wish, so that the update in progress is not lost; the second one stops at once."""
+
+    def __init__(self, display: TrainingDisplay):
+        self.asked = False
+        self._display = display
+        self._before: Any = None
+
+    def __enter__(self) -> _Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._display.message("interrupted: finishing this update and writing a checkpoint; again to stop at once")
+
+
 class Trainer:
     """One run.
 
@@ -71,6 +97,8 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.update = 0
         self.total = Ledger()
+        # Whether the weights may already be those of the update in progress.
+        self._learning = False
         checkpoint = self._latest() if resume else None
         source = config.model if checkpoint is None else str(checkpoint)
         self.model, self.tokenizer = load_model(source, device=config.device, dtype="float32")
@@ -115,6 +143,7 @@ class Trainer:
         credits = [self.credit(tree, std=self.config.advantage_std) for tree in forest]
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, (self.update + 1) / max(self.config.lr_warmup, 1))
+        self._learning = True
         losses = policy_step(
             self.model,
             self.optimizer,
@@ -146,35 +175,44 @@ class Trainer:
     def run(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Trains to the end; returns the evaluations before and after.
 
-        On an interrupt (Ctrl-C) or an error a checkpoint of the last finished update is written first.
+        The first interrupt (Ctrl-C) lets the update in progress finish, writes a checkpoint and raises; a second one stops at
+        once. Whatever ends a run in the middle of an update, the checkpoint is one of a finished update.
+
+        Raises:
+            KeyboardInterrupt: The run was interrupted.
         """
-        history = read_jsonl(self.log.metrics_path) if self.update or self.log.metrics_path.exists() else []
-        before = next((r for r in history if "eval/accuracy" in r), None)
-        after = before
-        saved = self.update
-        with TrainingDisplay(self.config.updates, history=history) as display:
-            if before is None:
+        history = read_jsonl(self.log.metrics_path) if self.log.metrics_path.exists() else []
+        evaluations = [r for r in history if "eval/accuracy" in r]
+        with TrainingDisplay(self.config.updates, history=history) as display, _Interrupt(display) as interrupt:
+            if not evaluations:
                 display.message(f"evaluating the start on the {self.config.eval_split} split")
-                before = after = self._evaluate()
-                display.update(before)
-            try:
-                while self.update < self.config.updates:
+                evaluations.append(self._evaluate())
+                display.update(evaluations[0])
+            if not list_checkpoints(self.config.directory / "checkpoints"):
+                self.save()
+            while self.update < self.config.updates:
+                begin, self._learning = self._streams(), False
+                try:
                     record = self.train_step()
-                    self.log.log(record)
-                    display.update(record)
-                    last = self.update == self.config.updates
-                    if last or (self.config.eval_every and self.update % self.config.eval_every == 0):
-                        after = self._evaluate()
-                        display.update(after)
-                    if last or self.update % self.config.checkpoint_every == 0:
+                except BaseException:
+                    if not self._learning:
+                        self._set_streams(begin)
                         self.save()
-                        saved = self.update
-            except BaseException:
-                if saved < self.update:
+                    raise
+                self.log.log(record)
+                display.update(record)
+                due = self.update % self.config.checkpoint_every == 0 or self.update == self.config.updates
+                if due or interrupt.asked:
                     self.save()
-                raise
-        assert before is not None and after is not None
-        return before, after
+                if interrupt.asked:
+                    raise KeyboardInterrupt
+                if self.config.eval_every and self.update % self.config.eval_every == 0:
+                    evaluations.append(self._evaluate())
+                    display.update(evaluations[-1])
+            if evaluations[-1]["update"] != self.update:
+                evaluations.append(self._evaluate())
+                display.update(evaluations[-1])
+        return evaluations[0], evaluations[-1]
 
     def _evaluate(self) -> dict[str, Any]:
         start = time.perf_counter()
@@ -205,11 +243,22 @@ class Trainer:
         return {
             "optimizer": self.optimizer.state_dict(),
             "allocator": self.allocator.state_dict(),
+            "ledger": self.total.counts(),
+            **self._streams(),
+        }
+
+    def _streams(self) -> dict[str, Any]:
+        """Returns what collecting a forest moves on: generators and the deck."""
+        return {
             "deck": self.deck.state_dict(),
             "rng": self.rng.bit_generator.state,
             "sampling": self.policy.generator.get_state(),
-            "ledger": self.total.counts(),
         }
+
+    def _set_streams(self, state: dict[str, Any]) -> None:
+        self.deck.load_state_dict(state["deck"])
+        self.rng.bit_generator.state = state["rng"]
+        self.policy.generator.set_state(state["sampling"])
 
     def save(self) -> None:
         """Writes a checkpoint."""
@@ -234,9 +283,7 @@ class Trainer:
         self.update, state = load_checkpoint(checkpoint)
         self.optimizer.load_state_dict(state["optimizer"])
         self.allocator.load_state_dict(state["allocator"])
-        self.deck.load_state_dict(state["deck"])
-        self.rng.bit_generator.state = state["rng"]
-        self.policy.generator.set_state(state["sampling"])
+        self._set_streams(state)
         self.total = Ledger(**state["ledger"])
         self.log.truncate_after(self.update)
 

@@ -3,6 +3,9 @@
 Invariant: each job handed out is finished exactly once, and a prompt's prefix stage is planned at the moment when the last
 of its root rollouts is finished: local to the prompt, without a barrier between prompts.
 
+What a prompt cannot spend on prefixes (it has none, or caps bind) it spends on further root rollouts, so that every method
+spends the whole budget.
+
 Order: continuations before root rollouts, so that trees are completed early and their states can be dropped.
 """
 
@@ -83,10 +86,14 @@ class Scheduler:
         tree = job.tree
         self._open_roots[tree.index] -= 1
         budget = int(self._prefix_budgets[tree.index])
-        if self._open_roots[tree.index] == 0 and budget > 0:
-            for node_id, count in self._allocator.allocate_prefixes(tree, budget, self._rng):
-                for _ in range(count):
-                    self._continuations.append(self._job(tree, tree.nodes[node_id], "continuation"))
+        if self._open_roots[tree.index] or not budget:
+            return
+        self._prefix_budgets[tree.index] = 0
+        for node_id, count in self._allocator.allocate_prefixes(tree, budget, self._rng):
+            budget -= count
+            self._continuations.extend(self._job(tree, tree.nodes[node_id], "continuation") for _ in range(count))
+        self._open_roots[tree.index] = budget
+        self._roots.extend(self._job(tree, tree.root, "root") for _ in range(budget))
 
     @property
     def done(self) -> bool:

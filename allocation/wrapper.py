@@ -90,7 +90,8 @@ class TreeAllocationWrapper(VectorEnv):
         predictor: For an allocator given by name.
         budget: Rollouts in a forest, root rollouts and continuations together.
         roots: Source of candidate prompts: called with a generator and a number, returns that many `Root`s.
-        encode: Called with the candidates' contexts before the root stage; returns their hidden states, float32 [n, d].
+        encode: Called with the candidates' contexts before the root stage; returns their hidden states, float32 [n, d], and
+            the number of tokens that were computed for them, which the ledger counts as prefilled.
             `None` leaves the predictor without features at roots until an action was sampled there.
         success: Called with the episode's return and last info; says whether it succeeded.
         keep_snapshots: Keep every node's snapshot after the forest is finished, to branch from it by hand.
@@ -104,7 +105,7 @@ class TreeAllocationWrapper(VectorEnv):
         predictor: Predictor | None = None,
         budget: int = 64,
         roots: Callable[[np.random.Generator, int], Sequence[Root]] = random_seeds,
-        encode: Callable[[Sequence[Context]], np.ndarray] | None = None,
+        encode: Callable[[Sequence[Context]], tuple[np.ndarray, int]] | None = None,
         success: Callable[[float, dict[str, Any]], bool] = default_success,
         keep_snapshots: bool = False,
     ):
@@ -184,8 +185,10 @@ class TreeAllocationWrapper(VectorEnv):
             contexts.append(context)
         if self._encode is not None:
             with ledger.timed("encode"):
-                for tree, features in zip(trees, self._encode(contexts), strict=True):
-                    tree.root.features = features
+                hidden, computed = self._encode(contexts)
+            ledger.prefilled_tokens += computed
+            for tree, features in zip(trees, hidden, strict=True):
+                tree.root.features = features
         with ledger.timed("allocate"):
             counts = np.asarray(self.allocator.allocate_roots(trees, root_budget, self._rng))
         chosen = [(tree, int(m)) for tree, m in zip(trees, counts, strict=True) if m > 0]

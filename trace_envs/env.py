@@ -6,6 +6,8 @@ at the current one. So a snapshot is a reference, and `advance` can be called on
 
 from __future__ import annotations
 
+import copy
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +18,7 @@ import numpy as np
 
 from trace_envs.actions import get_format
 from trace_envs.snapshots import SCHEMA_VERSION, EnvSnapshot
-from trace_envs.spaces import UnicodeText
+from trace_envs.spaces import DEFAULT_MAX_LENGTH, UnicodeText
 from trace_envs.state import EpisodeState, FinalAnswer, FormatError, History, Outcome, Task, ToolCall, Turn
 
 MAX_KEY = 2**63 - 1
@@ -41,6 +43,11 @@ class ToolEnv(gym.Env[str, str], ABC):
         max_observation_chars: Longer tool results are cut, with a note that says so.
         system_prompt: First message of `info["messages"]`; `None` for the format's own instructions, `""` for none.
         render_mode: `ansi` or `None`.
+        **unknown: Whatever no class of the family takes; refused.
+
+    Raises:
+        ValueError: An argument has an unknown or impossible value.
+        TypeError: An argument is unknown; the message lists the known ones.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 1}
@@ -54,11 +61,21 @@ class ToolEnv(gym.Env[str, str], ABC):
         max_observation_chars: int = 16_384,
         system_prompt: str | None = None,
         render_mode: str | None = None,
+        **unknown: Any,
     ):
-        if max_turns < 1:
-            raise ValueError(f"max_turns must be at least 1, got {max_turns}")
+        if unknown:
+            names = ", ".join(map(repr, sorted(unknown)))
+            raise TypeError(f"{type(self).__name__} takes no argument {names}; known: {', '.join(self._arguments())}")
+        limits = {
+            "max_turns": max_turns,
+            "max_action_chars": max_action_chars,
+            "max_observation_chars": max_observation_chars,
+        }
+        for name, value in limits.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"unknown render_mode {render_mode!r}; known: {self.metadata['render_modes']}")
+            raise ValueError(f"unknown render_mode {render_mode!r}; known: {', '.join(self.metadata['render_modes'])}")
         self.render_mode = render_mode
         self.action_format = get_format(action_format)
         self.max_turns = max_turns
@@ -66,9 +83,16 @@ class ToolEnv(gym.Env[str, str], ABC):
         self.max_observation_chars = max_observation_chars
         self.tools: list[dict[str, Any]] = self.tool_schemas()
         self.system_prompt = self.action_format.instructions(self.tools) if system_prompt is None else system_prompt
-        self.observation_space = UnicodeText()
+        # Twice: room for the note that an observation was cut.
+        self.observation_space = UnicodeText(max(DEFAULT_MAX_LENGTH, 2 * max_observation_chars))
         self.action_space = UnicodeText()
         self._state: EpisodeState | None = None
+
+    @classmethod
+    def _arguments(cls) -> list[str]:
+        families = (c for c in cls.__mro__ if issubclass(c, ToolEnv))
+        parameters = (p for c in families for p in list(inspect.signature(c.__init__).parameters.values())[1:])
+        return sorted({p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)})
 
     # What a family supplies.
 
@@ -159,12 +183,15 @@ class ToolEnv(gym.Env[str, str], ABC):
 
         Returns:
             The task's prompt and the info described at `info`.
+
+        Raises:
+            ValueError: An option or the task id is unknown; the episode under way goes on.
         """
-        super().reset(seed=seed)
         options = dict(options or {})
         task_id = options.pop("task_id", None)
         if options:
-            raise ValueError(f"unknown reset options {sorted(options)}; known: ['task_id']")
+            raise ValueError(f"unknown reset options {sorted(map(str, options))}; known: ['task_id']")
+        super().reset(seed=seed)
         task = self.pick_task(self.np_random, task_id)
         self._state = self.initial_state(task, int(self.np_random.integers(MAX_KEY)))
         return self.observation(), self.info()
@@ -197,6 +224,7 @@ class ToolEnv(gym.Env[str, str], ABC):
 
         `tool_error` says whether the last turn was malformed or refused. At the end of an episode there are also
         `is_correct`, `reward_components` and `episode` (return `r` and length `l` in turns). Gold answers are never in it.
+        Gymnasium's `RecordEpisodeStatistics` writes to `episode` too; give it another `stats_key`.
         """
         state = self.state
         info: dict[str, Any] = {
@@ -246,7 +274,8 @@ class ToolEnv(gym.Env[str, str], ABC):
             seed: New randomness for the turns that follow; `None` repeats them exactly.
 
         Raises:
-            ValueError: The snapshot is of another environment id or schema version.
+            ValueError: The snapshot is of another environment id or schema version, or the seed is negative. The
+                environment stays where it was.
         """
         if snapshot.version != SCHEMA_VERSION:
             raise ValueError(
@@ -254,17 +283,20 @@ class ToolEnv(gym.Env[str, str], ABC):
             )
         if snapshot.env_id != self._env_id():
             raise ValueError(f"the snapshot is of {snapshot.env_id!r}, this environment is {self._env_id()!r}")
-        self._state = snapshot.payload if seed is None else replace(snapshot.payload, key=seed)
         if seed is not None:
-            self._np_random, self._np_random_seed = np.random.default_rng(seed), seed
-        elif snapshot.random_state is not None:
+            rng = np.random.default_rng(seed)
+            self._state = replace(snapshot.payload, key=int(rng.integers(MAX_KEY)))
+            self._np_random, self._np_random_seed = rng, seed
+            return
+        if snapshot.random_state is not None:
             self.np_random.bit_generator.state = snapshot.random_state
+        self._state = snapshot.payload
 
     def fork(self: Self) -> Self:
         """Returns an independent environment at the same moment; tasks, corpus and index are shared."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin._np_random = None
-        if self._np_random is not None:
-            twin.np_random.bit_generator.state = self._np_random.bit_generator.state
+        # What Gymnasium lets change besides the state: three generators.
+        for name in ("_np_random", "observation_space", "action_space"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name)))
         return twin

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
@@ -39,8 +39,8 @@ class EnvSnapshot:
     env_id: str
     turn: int
     payload: Any
-    random_state: Mapping[str, Any] | None = None
-    wrappers: tuple[tuple[str, Mapping[str, Any]], ...] = field(default=())
+    random_state: Mapping[str, Any] | None = field(default=None, hash=False)
+    wrappers: tuple[tuple[str, Mapping[str, Any]], ...] = field(default=(), hash=False)
     version: int = SCHEMA_VERSION
 
 
@@ -66,21 +66,26 @@ class Snapshotable(Protocol):
 _WRAPPER_STATE: dict[str, tuple[str, ...]] = {
     "TimeLimit": ("_elapsed_steps",),
     "OrderEnforcing": ("_has_reset",),
-    "PassiveEnvChecker": (
-        "checked_reset",
-        "checked_step",
-        "checked_render",
-        "checked_data_reuse",
-        "_previous_data",
-        "close_called",
+    "PassiveEnvChecker": (),
+    "RecordEpisodeStatistics": (
+        "episode_count",
+        "episode_start_time",
+        "episode_returns",
+        "episode_lengths",
+        "time_queue",
+        "return_queue",
+        "length_queue",
     ),
-    "RecordEpisodeStatistics": ("episode_count", "episode_start_time", "episode_returns", "episode_lengths"),
     "TransformObservation": (),
     "TransformReward": (),
     "TransformAction": (),
     "FilterObservation": (),
     "FlattenObservation": (),
 }
+
+# The checker looks at the first calls after it was made, and keeps what they returned in order to compare it with the
+# next. A restored environment has had its first calls.
+_CHECKED = {"checked_reset": True, "checked_step": True, "checked_data_reuse": True, "_previous_data": None}
 
 
 def _stack(env: gym.Env) -> tuple[list[gym.Wrapper], gym.Env]:
@@ -91,14 +96,16 @@ def _stack(env: gym.Env) -> tuple[list[gym.Wrapper], gym.Env]:
     return wrappers, env
 
 
-def _wrapper_attributes(wrapper: gym.Wrapper) -> tuple[str, ...]:
+def _wrapper_state(wrapper: gym.Wrapper) -> tuple[str, dict[str, Any]]:
     name = type(wrapper).__name__
     if name not in _WRAPPER_STATE or not type(wrapper).__module__.startswith("gymnasium."):
         raise SnapshotUnsupportedError(
             f"the wrapper {type(wrapper).__module__}.{name} may hold state that a snapshot would lose; remove it from the "
             f"stack, or snapshot the environment inside it (env.unwrapped)"
         )
-    return _WRAPPER_STATE[name]
+    if name == "PassiveEnvChecker":
+        return name, _CHECKED
+    return name, {attribute: copy.copy(getattr(wrapper, attribute)) for attribute in _WRAPPER_STATE[name]}
 
 
 def snapshot(env: gym.Env) -> EnvSnapshot:
@@ -116,33 +123,33 @@ def snapshot(env: gym.Env) -> EnvSnapshot:
     taken = inner.snapshot()
     if not wrappers:
         return taken
-    states = tuple(
-        (type(w).__name__, {name: copy.copy(getattr(w, name)) for name in _wrapper_attributes(w)}) for w in wrappers
-    )
-    return EnvSnapshot(taken.env_id, taken.turn, taken.payload, taken.random_state, states, taken.version)
+    return replace(taken, wrappers=tuple(map(_wrapper_state, wrappers)))
 
 
 def restore(env: gym.Env, taken: EnvSnapshot, *, seed: int | None = None) -> None:
     """Puts an environment and its wrappers back to a snapshot.
 
     Args:
-        env: An environment with the same stack as the one that the snapshot was taken from.
+        env: An environment with the same stack of wrappers as the one that the snapshot was taken from.
         taken: The snapshot.
         seed: New seed for whatever is random from here on; `None` repeats the future exactly.
 
     Raises:
         ValueError: The snapshot is of another environment, another stack of wrappers, or another schema version.
+        SnapshotUnsupportedError: The environment has no `restore()`.
     """
     wrappers, inner = _stack(env)
     if not isinstance(inner, Snapshotable):
         raise SnapshotUnsupportedError(f"{type(inner).__name__} has no restore(snapshot, *, seed=None)")
     names = [type(w).__name__ for w in wrappers]
-    if taken.wrappers and names != [name for name, _ in taken.wrappers]:
+    expected = [name for name, _ in taken.wrappers]
+    if names != expected:
         raise ValueError(
-            f"the snapshot was taken through the wrappers {[n for n, _ in taken.wrappers]}, this environment has {names}"
+            f"the snapshot was taken through the wrappers {expected or 'none'}, this environment has {names or 'none'}; "
+            f"take and restore it at the same level (env.unwrapped on both sides leaves wrappers alone)"
         )
     inner.restore(taken, seed=seed)
-    for wrapper, (_, attributes) in zip(wrappers, taken.wrappers, strict=bool(taken.wrappers)):
+    for wrapper, (_, attributes) in zip(wrappers, taken.wrappers, strict=True):
         for name, value in attributes.items():
             setattr(wrapper, name, copy.copy(value))
 

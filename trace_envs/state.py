@@ -30,7 +30,7 @@ class ToolCall:
     """A well-formed call of one tool."""
 
     name: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +67,39 @@ class Turn:
     error: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class History:
-    """A persistent list: one turn and the history before it."""
+    """A persistent list: one turn and the history before it.
+
+    Whatever walks it does so in a loop: a long history must not exhaust the recursion limit.
+    """
 
     turn: Turn
     before: History | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as a flat tuple: a long history must not exhaust the recursion limit."""
+        """Pickles as a flat tuple."""
         return _history_from_turns, (tuple(turns_of(self)),)
+
+    def __eq__(self, other: object) -> bool:
+        """Compares turn by turn, newest first, as far as the first turn that both share."""
+        if not isinstance(other, History):
+            return NotImplemented
+        left: History | None = self
+        right: History | None = other
+        while left is not right:
+            if left is None or right is None or left.turn != right.turn:
+                return False
+            left, right = left.before, right.before
+        return True
+
+    def __hash__(self) -> int:
+        """Agrees with equality."""
+        return hash(tuple(turns_of(self)))
+
+    def __repr__(self) -> str:
+        """Lists the turns, oldest first."""
+        return f"History({turns_of(self)!r})"
 
 
 def turns_of(history: History | None) -> list[Turn]:
@@ -107,7 +130,7 @@ class Outcome:
 
     is_correct: bool
     reward: float
-    components: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    components: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Mapping proxies do not pickle; plain dictionaries do."""

@@ -24,8 +24,8 @@ class Policy(Protocol):
 class EncodingPolicy(Policy, Protocol):
     """A policy that can also say how it sees a prompt before acting on it."""
 
-    def encode(self, contexts: Sequence[Context]) -> np.ndarray:
-        """Returns the hidden state at the end of each context, float32 [n, d]."""
+    def encode(self, contexts: Sequence[Context]) -> tuple[np.ndarray, int]:
+        """Returns the hidden state at the end of each context, float32 [n, d], and the number of tokens computed."""
         ...
 
 

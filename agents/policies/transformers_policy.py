@@ -75,17 +75,21 @@ class TransformersPolicy:
         self.generator.manual_seed(seed)
 
     @torch.inference_mode()
-    def encode(self, contexts: Sequence[Context]) -> np.ndarray:
-        """Returns the last hidden state at the end of each context, float32 [n, d]; what was computed is kept for `act`."""
+    def encode(self, contexts: Sequence[Context]) -> tuple[np.ndarray, int]:
+        """Returns the last hidden state at the end of each context, float32 [n, d], and the number of tokens computed.
+
+        What was computed is kept for `act`.
+        """
         was_training = self.model.training
         self.model.eval()
-        out = []
+        out, computed = [], 0
         for start in range(0, len(contexts), 64):
             chunk = contexts[start : start + 64]
-            ids = [self._context_ids(c) for c in chunk]
-            out.append(self._prefill(chunk, ids)[2])
+            _, _, hidden, counts = self._prefill(chunk, [self._context_ids(c) for c in chunk])
+            out.append(hidden.float().cpu().numpy())
+            computed += sum(counts)
         self.model.train(was_training)
-        return torch.cat(out).float().cpu().numpy()
+        return np.concatenate(out), computed
 
     @torch.inference_mode()
     def act(self, contexts: Sequence[Context]) -> list[Sample]:

@@ -130,7 +130,8 @@ def test_encode_gives_the_hidden_state_of_prompts(model, tokenizer):
     envs = echo_wrapper(policy=policy)
     envs.reset(seed=0)
     contexts = envs.contexts()
-    features = policy.encode(contexts)
+    features, tokens = policy.encode(contexts)
+    assert tokens > 0
     for context, feature in zip(contexts, features, strict=True):
         ids = policy.codec.prompt_ids(context.info["messages"], context.info["tools"])
         hidden = model.get_decoder()(torch.from_numpy(ids)[None]).last_hidden_state[0, -1].numpy()
@@ -187,6 +188,16 @@ def test_each_token_is_computed_once(model, tokenizer, num_envs, encode):
     given = []
     forward = policy._forward
     policy._forward = lambda cache, ids, keep: (given.append(ids.shape), forward(cache, ids, keep))[1]
+    encoded = 0
+    plain = policy.encode
+
+    def counted(contexts):
+        nonlocal encoded
+        features, tokens = plain(contexts)
+        encoded += tokens
+        return features, tokens
+
+    policy.encode = counted
     forest = echo_forest(model, tokenizer, seed=1, policy=policy, num_envs=num_envs, encode=encode)
     ledger = forest.ledger
     nodes = [n for t in forest for n in t.nodes]
@@ -196,14 +207,15 @@ def test_each_token_is_computed_once(model, tokenizer, num_envs, encode):
     # The last token of an action is sampled without being fed, so it is fed in front of what the environment answered.
     needed = sum(len(n.context_ids) + (n.depth > 0) for n in inner)
     again = ledger.continuations + ledger.root_rollouts
+    acting = ledger.prefilled_tokens - encoded
     if encode:
+        # The prompts of all candidates were computed before, those of the chosen ones are not computed again.
         roots = sum(len(t.root.context_ids) for t in forest)
+        assert encoded >= roots
         needed -= roots
-        assert needed <= ledger.prefilled_tokens <= needed + roots + again
-    else:
-        assert needed <= ledger.prefilled_tokens <= needed + again - len(forest)
+    assert needed <= acting <= needed + again
     paths = sum(len(shown(t, n)) for t, n in edges(forest))
-    assert ledger.prefilled_tokens + ledger.cached_tokens == paths
+    assert acting + ledger.cached_tokens == paths
     assert ledger.cached_tokens > ledger.prefilled_tokens
 
 

@@ -147,7 +147,6 @@ def test_an_interrupt_leaves_a_checkpoint_to_resume_from(config, monkeypatch, tm
     assert torch.equal(weights(config), weights(replace(config, name="whole")))
 
 
-@pytest.mark.xfail(strict=True, reason="trainer.py saves generators and weights of a half-done update")
 @pytest.mark.parametrize("where", ["sampling", "learning"])
 def test_an_interrupt_in_the_middle_of_an_update_can_be_resumed_exactly(config, monkeypatch, where):
     import agents.trainer
@@ -175,7 +174,6 @@ def test_an_interrupt_in_the_middle_of_an_update_can_be_resumed_exactly(config, 
     assert metrics(config) == metrics(whole) and torch.equal(weights(config), weights(whole))
 
 
-@pytest.mark.xfail(strict=True, reason="trainer.py writes no checkpoint of update 0")
 def test_an_interrupt_before_the_first_update_is_done_does_not_block_the_run(config, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 1)
@@ -185,7 +183,6 @@ def test_an_interrupt_before_the_first_update_is_done_does_not_block_the_run(con
     assert [r["update"] for r in metrics(config) if "train/success" in r] == [1, 2, 3]
 
 
-@pytest.mark.xfail(strict=True, reason="trainer.py returns the first evaluation as the last")
 def test_resuming_a_finished_run_reports_its_gain(config):
     config = replace(config, updates=2)
     train(config)
@@ -264,7 +261,6 @@ def test_nothing_to_resume_and_no_config(config, tmp_path, capsys):
     assert "is no run" in one_line(capsys)
 
 
-@pytest.mark.xfail(strict=True, reason="cli.py lets rich break long lines, after which they are no YAML")
 def test_a_dry_run_prints_the_settings_and_writes_nothing(config, tmp_path, capsys):
     config = replace(config, name="long-" * 40)
     assert command(config, tmp_path, "--dry-run", "--lr", "0.5") == 0

@@ -208,11 +208,13 @@ def test_hidden_states_reach_the_root_stage():
             return super().allocate_roots(candidates, budget, rng)
 
     def encode(contexts):
-        return np.arange(len(contexts), dtype=np.float32)[:, None] * np.ones(3, np.float32)
+        return np.arange(len(contexts), dtype=np.float32)[:, None] * np.ones(3, np.float32), 7 * len(contexts)
 
     envs = TreeAllocationWrapper(bit_vector(2), allocator=Spy(DepthPredictor()), budget=16, encode=encode)
     envs.reset(seed=0)
-    assert np.array_equal(np.stack(seen), encode([None] * len(seen)))
+    features, tokens = encode([None] * len(seen))
+    assert np.array_equal(np.stack(seen), features)
+    assert envs.forest.ledger.prefilled_tokens == tokens
 
 
 def test_snapshots_are_dropped_at_the_end_unless_kept():

@@ -81,12 +81,12 @@ class QADataset:
         """Returns the task of that id.
 
         Raises:
-            KeyError: The data set has no such task; the message says how ids look.
+            ValueError: The data set has no such task; the message says how ids look.
         """
         try:
             return self.tasks[self._index[task_id]]
-        except KeyError:
+        except (KeyError, TypeError):  # TypeError: not hashable, so no id either
             example = self.tasks[0].task_id
-            raise KeyError(
+            raise ValueError(
                 f"data set {self.name!r} has no task {task_id!r}; it holds {len(self.tasks)} ids such as {example!r}"
             ) from None
