@@ -11,7 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from trace_envs.actions import get_format
 from trace_envs.snapshots import SCHEMA_VERSION, EnvSnapshot
 from trace_envs.spaces import DEFAULT_MAX_LENGTH, UnicodeText
-from trace_envs.state import EpisodeState, FinalAnswer, FormatError, History, Outcome, Task, ToolCall, Turn
+from trace_envs.state import Action, EpisodeState, FinalAnswer, FormatError, History, Outcome, Task, ToolCall, Turn
 
 MAX_KEY = 2**63 - 1
 Self = TypeVar("Self", bound="ToolEnv")
@@ -50,7 +50,7 @@ class ToolEnv(gym.Env[str, str], ABC):
         TypeError: An argument is unknown; the message lists the known ones.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 1}
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012  # as Gymnasium declares it
 
     def __init__(
         self,
@@ -135,6 +135,7 @@ class ToolEnv(gym.Env[str, str], ABC):
         """
         if state.done:
             raise RuntimeError("the episode is over; call reset() or restore() before the next step")
+        action: Action
         if len(text) > self.max_action_chars:
             size, text = len(text), text[: self.max_action_chars]
             action = FormatError(f"The action is {size} characters long; at most {self.max_action_chars} are read.")

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import trace_envs
 from trace_envs.multihop_qa import DATASETS, MultiHopQAEnv
 from trace_envs.multihop_qa.env import MAX_QUERY_CHARS
-from trace_envs.multihop_qa.metrics import normalize_answer
 from trace_envs.multihop_qa.oracle import oracle_action
 from trace_envs.multihop_qa.synthetic.names import SPLITS
 from trace_envs.state import FinalAnswer, ToolCall
