@@ -67,6 +67,7 @@ class TrainConfig:
         epochs: Optimiser steps on each batch of rollouts.
         lr: Step size of AdamW.
         lr_warmup: Updates over which the step size rises from zero.
+        lr_schedule: What follows: `linear` falls to zero at the last update, `constant` stays.
         weight_decay: Of AdamW.
         clip_low: Lower bound of the probability ratio is 1 - this.
         clip_high: Upper bound of the probability ratio is 1 + this.
@@ -103,7 +104,8 @@ class TrainConfig:
     updates: int = 60
     epochs: int = 1
     lr: float = 2e-4
-    lr_warmup: int = 3
+    lr_warmup: int = 5
+    lr_schedule: str = "linear"
     weight_decay: float = 0.0
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -139,6 +141,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lr_schedule not in ("linear", "constant"):
+            raise ValueError(f"unknown lr_schedule {self.lr_schedule!r}; known: linear, constant")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if not self.temperature > 0:

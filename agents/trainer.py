@@ -142,7 +142,7 @@ class Trainer:
         rolled = time.perf_counter()
         credits = [self.credit(tree, std=self.config.advantage_std) for tree in forest]
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * min(1.0, (self.update + 1) / max(self.config.lr_warmup, 1))
+            group["lr"] = self._step_size()
         self._learning = True
         losses = policy_step(
             self.model,
@@ -213,6 +213,13 @@ class Trainer:
                 evaluations.append(self._evaluate())
                 display.update(evaluations[-1])
         return evaluations[0], evaluations[-1]
+
+    def _step_size(self) -> float:
+        config = self.config
+        rise = min(1.0, (self.update + 1) / max(config.lr_warmup, 1))
+        # One batch says little about the gradient, so the last updates must be small for the noise of the first to average out.
+        fall = 1.0 if config.lr_schedule == "constant" else 1 - self.update / config.updates
+        return config.lr * rise * fall
 
     def _evaluate(self) -> dict[str, Any]:
         start = time.perf_counter()
