@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
+# On Linux the usual index has torch built for CUDA, gigabytes more than a CPU needs; here another index can be added.
+TORCH_INDEX ?=
 
 ARGS ?=
 WORKERS ?= 2
@@ -25,7 +27,8 @@ help: ## Show this list.
 train: .venv/.installed ## Train the tiny agent. ENV=<environment id>, ARGS="--seed 3" (ARGS="--help" lists all).
 	$(BIN)/trace-envs train $(ENV_ARGS) $(ARGS)
 
-test: lint pytest ## Run all checks and tests. WORKERS=0 runs in one process; PYTEST_ARGS="-k name" selects.
+test: lint ## Run all checks and tests. WORKERS=0 runs in one process; PYTEST_ARGS="-k name" selects.
+	@$(MAKE) --no-print-directory pytest
 
 lint: .venv/.installed-dev ## Check style, types and spelling.
 	$(BIN)/ruff check .
@@ -33,7 +36,7 @@ lint: .venv/.installed-dev ## Check style, types and spelling.
 	$(BIN)/mypy
 	$(BIN)/codespell
 
-pytest: .venv/.installed-dev lint
+pytest: .venv/.installed-dev ## Run tests alone; takes WORKERS and PYTEST_ARGS too.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 format: .venv/.installed-dev ## Rewrite the code in the project's style.
@@ -47,7 +50,7 @@ install-dev: .venv/.installed-dev ## Set up .venv for work on the project.
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; name one: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	@echo "Setting up .venv (once; a few minutes, most of them for torch)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) $(TORCH)
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
 	$(PIP) --editable .
 	@touch $@
 

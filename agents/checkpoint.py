@@ -1,7 +1,8 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
 Invariant: a checkpoint directory either is complete or does not exist: it is written under another name, flushed to disk and
-renamed. Arrays are in safetensors, all else in JSON; nothing that is read is ever executed.
+renamed; one that it replaces is set aside under a third name and removed last. Arrays are in safetensors, all else in JSON;
+nothing that is read is ever executed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 FORMAT_VERSION = 1
+_ASIDE = ".replaced-"
 _TENSOR, _PAIRS, _NUMPY = "__tensor__", "__pairs__", "__numpy__"
 
 
@@ -86,7 +88,10 @@ def save_checkpoint(
     """
     directory.mkdir(parents=True, exist_ok=True)
     final, temporary = directory / f"update-{update:06d}", directory / f".writing-{update:06d}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    aside = directory / f"{_ASIDE}{update:06d}"
+    _recover(directory)
+    for stale in directory.glob(".writing-*"):
+        shutil.rmtree(stale)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     tensors: dict[str, torch.Tensor] = {}
@@ -95,16 +100,29 @@ def save_checkpoint(
     (temporary / "trainer.json").write_text(json.dumps({"version": FORMAT_VERSION, "update": update, "state": plain}))
     for file in temporary.iterdir():
         _sync(file)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        os.replace(final, aside)
     os.replace(temporary, final)
     _sync(directory)
+    shutil.rmtree(aside, ignore_errors=True)
     for old in list_checkpoints(directory)[:-keep]:
         shutil.rmtree(old)
     return final
 
 
+def _recover(directory: Path) -> None:
+    """Puts back a checkpoint that was set aside for a new one that a crash kept from taking its place."""
+    for aside in directory.glob(f"{_ASIDE}*"):
+        final = directory / f"update-{aside.name.removeprefix(_ASIDE)}"
+        if final.exists():
+            shutil.rmtree(aside)
+        else:
+            os.replace(aside, final)
+
+
 def list_checkpoints(directory: Path) -> list[Path]:
     """Returns the complete checkpoints, oldest first."""
+    _recover(directory)
     return sorted(p for p in directory.glob("update-*") if p.is_dir())
 
 

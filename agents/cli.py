@@ -6,26 +6,31 @@ status 130.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import gymnasium as gym
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 import trace_envs
-from agents.config import TrainConfig, load_config, to_dict
+from agents.config import TrainConfig, load_config, resolve, to_dict
 from agents.display import before_after_table
-from agents.evaluate import evaluate
+from agents.evaluate import evaluate, make_env
+from agents.models import env_settings, load_model
 from agents.policies import SCRIPTS, Policy, ScriptedPolicy, TransformersPolicy
 from agents.report import write_report
-from agents.runlog import METRICS, read_jsonl
+from agents.runlog import CONFIG, METRICS, read_jsonl
 from trace_envs.snapshots import SnapshotUnsupportedError
+
+if TYPE_CHECKING:
+    from agents.trainer import Trainer
 
 Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
 
@@ -37,7 +42,8 @@ class TrainArgs:
     Attributes:
         train: Settings of the run.
         config: Read the settings from a saved config.yaml; what is given on the command line wins.
-        resume: Go on from the latest checkpoint of the run `runs/<name>`.
+        resume: Go on from the latest checkpoint of the run `<runs>/<name>`, under its own settings unless others are given;
+            without a name, of the run named `trace*` that was started or resumed last.
         dry_run: Print the resolved settings and stop.
     """
 
@@ -53,16 +59,16 @@ class EvaluateArgs:
 
     Attributes:
         env_id: Gymnasium environment.
-        dataset: Data set: synthetic, hotpotqa, 2wikimultihopqa, musique or bamboogle.
+        dataset: Data set: synthetic (if it is left out), hotpotqa, 2wikimultihopqa, musique or bamboogle.
         data_path: File with the questions of a real data set.
         corpus_path: File with the passages to search; the questions' own contexts if it is left out.
         split: Split of the data set.
         agent: A scripted agent, `oracle` or `bm25`, or `model`.
         model: With `--agent model`: `tiny`, a local folder, or a hub id.
-        top_k: Passages that a search returns.
-        max_turns: Turns after which an episode is truncated.
+        top_k: Passages that a search returns; if it is left out, what `tiny` was trained on, else the environment's default.
+        max_turns: Turns after which an episode is truncated; the environment's default if it is left out.
         action_format: `hermes`, `react` or `tags`.
-        system_prompt: First message; the format's instructions if it is left out.
+        system_prompt: First message; if it is left out, none for `tiny`, else the format's instructions.
         limit: Evaluate the first so many questions; 0 for all.
         temperature: Sampling temperature of a model; 0 is greedy.
         max_new_tokens: Token limit of one turn of a model.
@@ -72,15 +78,15 @@ class EvaluateArgs:
     """
 
     env_id: str = "TraceMultiHopQA-v0"
-    dataset: str = "synthetic"
+    dataset: str | None = None
     data_path: str | None = None
     corpus_path: str | None = None
     split: str = "test"
     agent: str = "oracle"
     model: str = "tiny"
-    top_k: int = 3
-    max_turns: int = 10
-    action_format: str = "hermes"
+    top_k: int | None = None
+    max_turns: int | None = None
+    action_format: str | None = None
     system_prompt: str | None = None
     limit: int = 0
     temperature: float = 1.0
@@ -131,14 +137,8 @@ def train(argv: Sequence[str]) -> int:
     """Runs `trace-envs train`."""
     from agents.trainer import Trainer
 
-    default = TrainConfig()
-    for i, word in enumerate(argv):
-        if word == "--config" and i + 1 < len(argv):
-            default = load_config(argv[i + 1])
-        elif word.startswith("--config="):
-            default = load_config(word.removeprefix("--config="))
-    args = _parse(TrainArgs, argv, "train", default=TrainArgs(train=default))
-    config = args.train
+    args = _parse(TrainArgs, argv, "train", default=TrainArgs(train=_train_defaults(argv)))
+    config = resolve(args.train, resume=args.resume)
     console = Console()
     if args.dry_run:
         import yaml
@@ -146,6 +146,33 @@ def train(argv: Sequence[str]) -> int:
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         return 0
     trainer = Trainer(config, resume=args.resume)
+    with closing(trainer):
+        return _train(trainer, console)
+
+
+def _train_defaults(argv: Sequence[str]) -> TrainConfig:
+    """Returns the settings that those on the command line are laid over."""
+    # Not the real parser: settings that go together with those of a file need not go together with the defaults.
+    first = argparse.ArgumentParser("trace-envs train", add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--runs", type=Path, default=TrainConfig().runs)
+    first.add_argument("--name")
+    given, _ = first.parse_known_args(argv)
+    if given.config is not None:
+        return load_config(given.config)
+    if not given.resume:
+        return TrainConfig()
+    where = resolve(TrainConfig(runs=given.runs, name=given.name), resume=True)
+    if not (where.directory / CONFIG).is_file():
+        known = ", ".join(sorted(path.parent.name for path in given.runs.glob(f"*/{CONFIG}"))) or "none"
+        raise FileNotFoundError(f"--resume: {where.directory} is no run (no {CONFIG}); runs in {given.runs}: {known}")
+    # The run may have been moved, or be reached from another directory.
+    return replace(load_config(where.directory / CONFIG), runs=where.runs, name=where.name)
+
+
+def _train(trainer: Trainer, console: Console) -> int:
+    config = trainer.config
     parameters = sum(p.numel() for p in trainer.model.parameters())
     console.print(
         f"{config.env_id}: {config.allocator} on a model of {parameters:,} parameters, {config.updates} updates of "
@@ -154,13 +181,11 @@ def train(argv: Sequence[str]) -> int:
     try:
         before, after = trainer.run()
     except KeyboardInterrupt:
+        runs = "" if config.runs == TrainConfig().runs else f" --runs {config.runs}"
         console.print(
-            f"interrupted after update {trainer.update}; go on with: trace-envs train --resume --name {config.name} "
-            f"--config {config.directory / 'config.yaml'}"
+            f"interrupted after update {trainer.update}; go on with: trace-envs train --resume --name {config.name}{runs}"
         )
         return 130
-    finally:
-        trainer.log.close()
     report = write_report(config.directory)
     console.print(before_after_table(before, after))
     total = trainer.total
@@ -174,6 +199,9 @@ def train(argv: Sequence[str]) -> int:
 def evaluate_command(argv: Sequence[str]) -> int:
     """Runs `trace-envs evaluate`."""
     args = _parse(EvaluateArgs, argv, "evaluate")
+    for name, least in (("limit", 0), ("max_new_tokens", 1), ("num_envs", 1), ("temperature", 0)):
+        if not getattr(args, name) >= least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(args, name)}")
     known = {
         "dataset": args.dataset,
         "data_path": args.data_path,
@@ -184,8 +212,11 @@ def evaluate_command(argv: Sequence[str]) -> int:
         "action_format": args.action_format,
         "system_prompt": args.system_prompt,
     }
-    env = gym.make(args.env_id, disable_env_checker=True, **known)
-    task_ids = list(env.unwrapped.task_ids())  # type: ignore[attr-defined]
+    known = {name: value for name, value in known.items() if value is not None}
+    if args.agent == "model":
+        known = env_settings(args.model, args.env_id) | known
+    with closing(make_env(args.env_id, known)) as env:
+        task_ids = list(env.unwrapped.task_ids())  # type: ignore[attr-defined]
     task_ids = task_ids[: args.limit] if args.limit else task_ids
     policy = _policy(args)
     console = Console()
@@ -198,11 +229,9 @@ def evaluate_command(argv: Sequence[str]) -> int:
 
 def _policy(args: EvaluateArgs) -> Policy:
     if args.agent in SCRIPTS:
-        return ScriptedPolicy(args.agent, action_format=args.action_format, seed=args.seed)
+        return ScriptedPolicy(args.agent, action_format=args.action_format or "hermes", seed=args.seed)
     if args.agent != "model":
         raise ValueError(f"unknown agent {args.agent!r}; known: {', '.join([*SCRIPTS, 'model'])}")
-    from agents.models import load_model
-
     model, tokenizer = load_model(args.model)
     return TransformersPolicy(
         model, tokenizer, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed
@@ -211,7 +240,7 @@ def _policy(args: EvaluateArgs) -> Policy:
 
 def _evaluation_table(args: EvaluateArgs, record: dict[str, Any]) -> Table:
     name = args.agent if args.agent in SCRIPTS else args.model
-    table = Table(title=f"{name} on {args.dataset}, {record['eval/questions']} questions")
+    table = Table(title=f"{name} on {args.dataset or args.env_id}, {record['eval/questions']} questions")
     table.add_column("measure")
     table.add_column("value", justify="right")
     labels = {

@@ -5,19 +5,30 @@ Invariant: the resolved settings are saved with the run and run again unchanged 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from itertools import count
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from agents.advantages import ESTIMATORS
+from agents.losses import AGGREGATIONS
+from agents.models import env_settings
+from agents.runlog import CONFIG
 from allocation import TraceConfig
+from allocation.allocators import ALLOCATORS
+
+DEFAULT_NAME = "trace"
+LR_SCHEDULES = ("linear", "constant")
+# A checkpoint is of these: another value would be ignored, or make what comes after no continuation of what came before.
+FIXED_ON_RESUME = ("env_id", "env", "train_split", "eval_split", "model", "allocator", "seed")
 
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """Arguments of the environment; what is left out has the environment's own default.
+    """Arguments of the environment; what is left out is what a shipped model brings, else the environment's own default.
 
     Attributes:
         dataset: Data set to ask questions from.
@@ -36,12 +47,12 @@ class EnvConfig:
     data_path: str | None = None
     corpus_path: str | None = None
     dataset_seed: int | None = None
-    top_k: int | None = 2
+    top_k: int | None = None
     max_turns: int | None = None
     search_dropout: float | None = None
     reward: str | None = None
     action_format: str | None = None
-    system_prompt: str | None = ""
+    system_prompt: str | None = None
 
     def kwargs(self) -> dict[str, Any]:
         """Returns the arguments that were set."""
@@ -65,7 +76,9 @@ class TrainConfig:
         budget: Rollouts for each update, root rollouts and continuations together.
         updates: Policy updates.
         epochs: Optimiser steps on each batch of rollouts.
-        lr: Step size of AdamW.
+        lr: Step size of AdamW for matrices.
+        gain_lr: Step size for vectors (the gains of the norms). Their gradients are far less noisy than those of matrices, and
+            they set how sharp the policy is; see docs/training.md.
         lr_warmup: Updates over which the step size rises from zero.
         lr_schedule: What follows: `linear` falls to zero at the last update, `constant` stays.
         weight_decay: Of AdamW.
@@ -84,7 +97,7 @@ class TrainConfig:
         checkpoint_every: Updates between checkpoints.
         keep_checkpoints: Checkpoints kept.
         runs: Directory of all runs.
-        name: Name of this run, a directory in `runs`.
+        name: Name of this run, a directory in `runs`; if it is left out, the first free of trace, trace-2, trace-3, ...
         seed: Seeds everything random.
         device: Where the model runs.
         threads: CPU threads of torch; 0 leaves torch's choice.
@@ -101,9 +114,10 @@ class TrainConfig:
     advantage_std: bool = False
     aggregation: str = "prompt"
     budget: int = 128
-    updates: int = 60
+    updates: int = 90
     epochs: int = 1
-    lr: float = 2e-4
+    lr: float = 1.5e-4
+    gain_lr: float = 7e-3
     lr_warmup: int = 5
     lr_schedule: str = "linear"
     weight_decay: float = 0.0
@@ -112,8 +126,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     temperature: float = 1.0
     max_new_tokens: int = 48
-    num_envs: int = 64
-    micro_tokens: int = 8192
+    num_envs: int = 128
+    micro_tokens: int = 4096
     train_split: str = "train"
     eval_split: str = "test"
     eval_per_hop: int = 100
@@ -122,7 +136,7 @@ class TrainConfig:
     checkpoint_every: int = 10
     keep_checkpoints: int = 2
     runs: Path = Path("runs")
-    name: str = "trace"
+    name: str | None = None
     seed: int = 0
     device: str = "cpu"
     threads: int = 0
@@ -138,20 +152,86 @@ class TrainConfig:
             "micro_tokens",
             "checkpoint_every",
             "keep_checkpoints",
+            "group_size",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr_schedule not in ("linear", "constant"):
-            raise ValueError(f"unknown lr_schedule {self.lr_schedule!r}; known: linear, constant")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+        for name in ("eval_per_hop", "eval_every", "log_trees", "lr_warmup", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        known = {
+            "lr_schedule": LR_SCHEDULES,
+            "estimator": ESTIMATORS,
+            "aggregation": AGGREGATIONS,
+            "allocator": ALLOCATORS,
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(values)}")
+        for name in ("lr", "gain_lr", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive in training, got {self.temperature}")
 
     @property
     def directory(self) -> Path:
         """The run's directory."""
+        if self.name is None:
+            raise ValueError("the run has no name yet; `resolve` gives it one")
         return Path(self.runs) / self.name
+
+
+def resolve(config: TrainConfig, *, resume: bool = False) -> TrainConfig:
+    """Settles what was left open: the name of the run, and the environment's arguments that a shipped model brings.
+
+    Args:
+        config: The settings as given.
+        resume: Whether the name is that of a run to go on with.
+
+    Raises:
+        FileNotFoundError: There is no run to go on with.
+    """
+    brought = env_settings(config.model, config.env_id)
+    env = replace(config.env, **{k: v for k, v in brought.items() if getattr(config.env, k) is None})
+    name = config.name or (_latest_name(config.runs) if resume else _free_name(config.runs))
+    return replace(config, env=env, name=name)
+
+
+def _free_name(runs: Path) -> str:
+    names = (DEFAULT_NAME if i == 1 else f"{DEFAULT_NAME}-{i}" for i in count(1))
+    return next(name for name in names if not (Path(runs) / name).exists())
+
+
+def _latest_name(runs: Path) -> str:
+    """Returns the run named `trace*` that was started or gone on with last (either writes its settings)."""
+    found = sorted(Path(runs).glob(f"{DEFAULT_NAME}*/{CONFIG}"), key=lambda path: path.stat().st_mtime_ns)
+    if not found:
+        raise FileNotFoundError(f"--resume: {runs} holds no run named {DEFAULT_NAME}*; name one with --name")
+    return found[-1].parent.name
+
+
+def check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
+    """Refuses settings that cannot change in the middle of a run.
+
+    Args:
+        config: The settings to go on with, resolved.
+        saved: The settings of the run.
+
+    Raises:
+        ValueError: Some differ; the message names them.
+    """
+
+    def fixed(settings: TrainConfig) -> dict[str, Any]:
+        plain = to_dict(settings)
+        values = {name: plain[name] for name in FIXED_ON_RESUME if name != "env"}
+        return values | {f"env.{name}": value for name, value in plain["env"].items()}
+
+    new, old = fixed(config), fixed(saved)
+    changed = [name for name in new if new[name] != old[name]]
+    if changed:
+        what = "; ".join(f"{k} is {old[k]!r} in the run, {new[k]!r} was given" for k in changed)
+        raise ValueError(f"--resume cannot change {', '.join(changed)}: {what}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -5,7 +5,9 @@ Invariant: every question is asked once, in the order given, through the same wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import gymnasium as gym
@@ -17,9 +19,31 @@ from allocation import Forest, Root, TreeAllocationWrapper, UniformAllocator
 CHUNK = 512
 
 
+def make_env(env_id: str, env_kwargs: dict[str, Any]) -> gym.Env:
+    """Returns a bare environment (no passive checker: it checks every step of every slot).
+
+    Raises:
+        ValueError: The id is not registered, or the environment does not take one of the arguments.
+    """
+    try:
+        return gym.make(env_id, disable_env_checker=True, **env_kwargs)
+    except gym.error.UnregisteredEnv as error:
+        known = ", ".join(sorted(i for i in gym.registry if i.startswith("Trace")))
+        raise ValueError(
+            f"--env-id: there is no environment {env_id!r}; known: {known}; one of another package is given as module:id"
+        ) from error
+    except gym.error.Error as error:
+        raise ValueError(f"--env-id: environment {env_id!r} cannot be made: {error}") from error
+    except TypeError as error:
+        refused = re.search(r"(?:unexpected keyword|takes no) argument ('\w+'(?:, '\w+')*)", str(error))
+        if refused is None:
+            raise
+        raise ValueError(f"environment {env_id!r} does not take argument {refused[1]}") from error
+
+
 def make_vector(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> gym.vector.SyncVectorEnv:
-    """Returns a synchronous vector of bare environments (no passive checker: it checks every step of every slot)."""
-    return gym.vector.SyncVectorEnv([lambda: gym.make(env_id, disable_env_checker=True, **env_kwargs)] * num_envs)
+    """Returns a synchronous vector of `make_env`s."""
+    return gym.vector.SyncVectorEnv([lambda: make_env(env_id, env_kwargs)] * num_envs)
 
 
 def evaluate(
@@ -30,7 +54,6 @@ def evaluate(
     *,
     num_envs: int = 64,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a policy once on each task.
 
@@ -41,7 +64,6 @@ def evaluate(
         task_ids: Tasks to run.
         num_envs: Slots that run side by side.
         seed: Seeds the environments.
-        progress: Called with the number of tasks finished so far.
 
     Returns:
         A record with `eval/accuracy` (the mean over numbers of hops where tasks have them, so that every length counts the
@@ -51,16 +73,13 @@ def evaluate(
     """
     if not task_ids:
         raise ValueError("no task to evaluate on")
-    envs = make_vector(env_id, min(num_envs, len(task_ids)), env_kwargs)
     leaves: list[tuple[int, Any]] = []
-    for start in range(0, len(task_ids), CHUNK):
-        chunk = task_ids[start : start + CHUNK]
-        wrapper = TreeAllocationWrapper(envs, allocator=UniformAllocator(1), budget=len(chunk))
-        roots = [Root(seed + start + i, {"task_id": t}) for i, t in enumerate(chunk)]
-        leaves += _leaves(collect(wrapper, policy, seed=seed, roots=roots))
-        if progress is not None:
-            progress(len(leaves))
-    envs.close()
+    with closing(make_vector(env_id, min(num_envs, len(task_ids)), env_kwargs)) as envs:
+        for start in range(0, len(task_ids), CHUNK):
+            chunk = task_ids[start : start + CHUNK]
+            wrapper = TreeAllocationWrapper(envs, allocator=UniformAllocator(1), budget=len(chunk))
+            roots = [Root(seed + start + i, {"task_id": t}) for i, t in enumerate(chunk)]
+            leaves += _leaves(collect(wrapper, policy, seed=seed, roots=roots))
     return summary(leaves)
 
 

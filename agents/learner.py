@@ -37,7 +37,11 @@ class Row:
 
 
 def rows_of(tree: Tree, credit: EdgeCredit, coefficients: np.ndarray) -> Iterator[Row]:
-    """Yields the rows of a tree; paths that add nothing to train (all advantages zero) are left out."""
+    """Yields the rows of a tree.
+
+    Paths that add nothing to train (all advantages zero) are left out, and so is what follows the last trained token of a row:
+    nothing trained depends on it.
+    """
     trained: set[int] = set()
     for leaf in tree.leaves():
         ids: list[np.ndarray] = []
@@ -56,9 +60,10 @@ def rows_of(tree: Tree, credit: EdgeCredit, coefficients: np.ndarray) -> Iterato
                 ids.append(node.context_ids)
                 length += len(node.context_ids)
         if parts:
+            positions = np.concatenate([p[0] for p in parts])
             yield Row(
-                np.concatenate(ids),
-                np.concatenate([p[0] for p in parts]),
+                np.concatenate(ids)[: positions[-1] + 1],
+                positions,
                 np.concatenate([p[1] for p in parts]),
                 np.concatenate([np.full(len(p[0]), p[2], np.float32) for p in parts]),
                 np.concatenate([np.full(len(p[0]), p[3], np.float32) for p in parts]),
@@ -139,8 +144,12 @@ def policy_step(
 ) -> dict[str, float]:
     """Updates a model from a forest; gradients are accumulated over micro-batches and equal those of the whole batch.
 
+    The model stays in the mode that it is in, which must be evaluation mode: the policy samples without dropout, so the
+    gradient is that of the policy that sampled only without it; and dropout would draw from torch's global generator, which no
+    checkpoint keeps.
+
     Args:
-        model: A transformers causal language model.
+        model: A transformers causal language model, in evaluation mode.
         optimizer: Over its parameters.
         forest: The batch.
         credits: One for each tree.
@@ -163,7 +172,6 @@ def policy_step(
     figures = {"loss/policy": 0.0, "loss/grad_norm": 0.0, "loss/clip_share": 0.0, "loss/kl": 0.0, "loss/tokens": tokens}
     if not rows:
         return figures
-    model.train()
     device = model.device
     for _ in range(epochs):
         optimizer.zero_grad(set_to_none=True)
@@ -198,5 +206,4 @@ def policy_step(
             "loss/clip_share": clipped / tokens,
             "loss/kl": kl / tokens,
         }
-    model.eval()
     return figures

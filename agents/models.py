@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -15,6 +16,15 @@ from transformers.utils import logging as transformers_logging
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = {"tiny": ASSETS / "tiny-multihop"}
 """Models that come with the package, by name."""
+ENV_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {"TraceMultiHopQA-v0": {"top_k": 2, "system_prompt": ""}},
+}
+"""How a shipped model was trained to be asked, by model and environment; it knows no other way."""
+
+
+def env_settings(model: str, env_id: str) -> dict[str, Any]:
+    """Returns the arguments of the environment that a shipped model brings; none for any other model."""
+    return ENV_SETTINGS.get(model, {}).get(env_id, {})
 
 
 def load_model(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
@@ -30,9 +40,14 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[
 
     Raises:
         FileNotFoundError: A local folder was named and is not there, or holds no `config.json`.
-        ValueError: The weights are damaged.
+        ValueError: The weights are damaged, or the device cannot be used here.
         OSError: The hub does not have the model or cannot be reached.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, as it was built
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"device {device!r} cannot be used here ({reason}); --device cpu always can") from error
     source = str(SHIPPED.get(name, name))
     looks_local = name in SHIPPED or name.startswith((".", "/", "~")) or Path(name).exists()
     if looks_local:

@@ -5,32 +5,32 @@ Invariant: everything that influences the next update is in `Trainer.state_dict`
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 
-from agents.advantages import get_estimator
+from agents.advantages import ESTIMATORS
 from agents.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
-from agents.config import TrainConfig, to_dict
+from agents.config import TrainConfig, check_resumable, load_config, resolve, to_dict
 from agents.display import TrainingDisplay
-from agents.evaluate import evaluate, make_vector
+from agents.evaluate import evaluate, make_env, make_vector
 from agents.learner import LogProbs, policy_step
-from agents.losses import AGGREGATIONS, Clip
+from agents.losses import Clip
 from agents.models import load_model
 from agents.policies import TransformersPolicy, collect
-from agents.runlog import RunLog, read_jsonl
+from agents.runlog import CONFIG, RunLog, read_jsonl
 from allocation import Forest, HiddenStatePredictor, Ledger, Root, TreeAllocationWrapper, make_allocator
 from allocation.tree import tree_record
 
 
 class TaskDeck:
-    """Deals tasks in random order, each once before any comes again.
+    """Deals tasks in random order, each once before any comes again, and never one twice in one call.
 
     Args:
         task_ids: The tasks.
@@ -41,9 +41,13 @@ class TaskDeck:
         self._order = np.zeros(0, dtype=np.int64)
 
     def __call__(self, rng: np.random.Generator, count: int) -> list[Root]:
-        """Returns the next `count` tasks."""
-        while len(self._order) < count:
-            self._order = np.concatenate([self._order, rng.permutation(len(self._task_ids))])
+        """Returns the next `count` tasks, or all of them if there are fewer."""
+        count = min(count, len(self._task_ids))
+        if len(self._order) < count:
+            fresh = rng.permutation(len(self._task_ids))
+            # What this call still has from the last round comes late in the next one.
+            again = np.isin(fresh, self._order)
+            self._order = np.concatenate([self._order, fresh[~again], fresh[again]])
         taken, self._order = self._order[:count], self._order[count:]
         return [Root(int(rng.integers(2**31)), {"task_id": self._task_ids[i]}) for i in taken]
 
@@ -57,10 +61,16 @@ class TaskDeck:
 
 
 class _Interrupt:
-    """Turns the first Ctrl-C into a wish, so that the update in progress is not lost; the second one stops at once."""
+    """Turns the first Ctrl-C into a wish, so that what is in progress is not lost; the second one stops at once.
+
+    Attributes:
+        asked: Whether there was a Ctrl-C.
+        phase: What is in progress, for the message.
+    """
 
     def __init__(self, display: TrainingDisplay):
         self.asked = False
+        self.phase = "update"
         self._display = display
         self._before: Any = None
 
@@ -77,7 +87,8 @@ class _Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        self._display.message("interrupted: finishing this update and writing a checkpoint; again to stop at once")
+        then = " and writing a checkpoint" if self.phase == "update" else "; its checkpoint is written"
+        self._display.message(f"interrupted: finishing this {self.phase}{then}; again to stop at once")
 
 
 class Trainer:
@@ -86,20 +97,29 @@ class Trainer:
     Args:
         config: Its settings.
         resume: Go on from the latest checkpoint of the run's directory.
+
+    Attributes:
+        config: The settings, resolved.
+
+    Raises:
+        ValueError: Settings are unknown or do not go together, or differ from those of the run to go on with.
+        FileExistsError: There is a run of that name, and it is not to be resumed.
+        FileNotFoundError: There is no run to go on with, or no such model.
     """
 
     def __init__(self, config: TrainConfig, *, resume: bool = False):
-        self.config = config
-        self.credit = get_estimator(config.estimator)
-        if config.aggregation not in AGGREGATIONS:
-            raise ValueError(f"unknown aggregation {config.aggregation!r}; known: {', '.join(AGGREGATIONS)}")
+        self.config = config = resolve(config, resume=resume)
+        self.credit = ESTIMATORS[config.estimator]
         if config.threads:
             torch.set_num_threads(config.threads)
         self.update = 0
         self.total = Ledger()
         # Whether the weights may already be those of the update in progress.
         self._learning = False
+        self._resumed = resume
         checkpoint = self._latest() if resume else None
+        if resume and (config.directory / CONFIG).exists():
+            check_resumable(config, load_config(config.directory / CONFIG))
         source = config.model if checkpoint is None else str(checkpoint)
         self.model, self.tokenizer = load_model(source, device=config.device, dtype="float32")
         self.policy = TransformersPolicy(
@@ -109,7 +129,9 @@ class Trainer:
             temperature=config.temperature,
             seed=config.seed,
         )
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        gains = [p for p in self.model.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW([{"params": matrices}, {"params": gains}], weight_decay=config.weight_decay)
         self.logprobs = LogProbs(self.model)
         self.env_kwargs = {**config.env.kwargs(), "split": config.train_split}
         self.allocator = make_allocator(
@@ -119,19 +141,27 @@ class Trainer:
             config=config.trace,
         )
         self.rng = np.random.default_rng([config.seed, 0x7AC3])
-        envs = make_vector(config.env_id, config.num_envs, self.env_kwargs)
-        self.deck = TaskDeck(envs.envs[0].unwrapped.task_ids())  # type: ignore[attr-defined]
-        self.envs = TreeAllocationWrapper(
-            envs,
-            allocator=self.allocator,
-            budget=config.budget,
-            roots=self.deck,
-            encode=self.policy.encode if config.allocator != "grpo" else None,
-        )
-        self.log = RunLog(config.directory, resume=resume, trackers=config.trackers)
-        if checkpoint is not None:
-            self._load(checkpoint)
-        self.log.write_config(to_dict(config))
+        with contextlib.ExitStack() as opened:
+            envs = opened.enter_context(
+                contextlib.closing(make_vector(config.env_id, config.num_envs, self.env_kwargs))
+            )
+            self.deck = TaskDeck(envs.envs[0].unwrapped.task_ids())  # type: ignore[attr-defined]
+            self.envs = TreeAllocationWrapper(
+                envs,
+                allocator=self.allocator,
+                budget=config.budget,
+                roots=self.deck,
+                encode=self.policy.encode if config.allocator != "grpo" else None,
+            )
+            self.log = opened.enter_context(RunLog(config.directory, resume=resume, trackers=config.trackers))
+            if checkpoint is not None:
+                self._load(checkpoint)
+            self.log.write_config(to_dict(config))
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        """Closes the environments and the log."""
+        self._opened.close()
 
     # One update, as the paper has it.
 
@@ -141,8 +171,8 @@ class Trainer:
         forest = collect(self.envs, self.policy, seed=int(self.rng.integers(2**31)))
         rolled = time.perf_counter()
         credits = [self.credit(tree, std=self.config.advantage_std) for tree in forest]
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._step_size()
+        for group, lr in zip(self.optimizer.param_groups, (self.config.lr, self.config.gain_lr), strict=True):
+            group["lr"] = lr * self._schedule()
         self._learning = True
         losses = policy_step(
             self.model,
@@ -175,8 +205,9 @@ class Trainer:
     def run(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Trains to the end; returns the evaluations before and after.
 
-        The first interrupt (Ctrl-C) lets the update in progress finish, writes a checkpoint and raises; a second one stops at
-        once. Whatever ends a run in the middle of an update, the checkpoint is one of a finished update.
+        The first interrupt (Ctrl-C) lets the update or evaluation in progress finish and raises; a second one stops at once.
+        Whatever ends a run, and wherever, the checkpoint is one of a finished update, and the resumed run does all that is
+        missing: a checkpoint is written before every evaluation, and one that is due and not in the log is made first.
 
         Raises:
             KeyboardInterrupt: The run was interrupted.
@@ -184,13 +215,20 @@ class Trainer:
         history = read_jsonl(self.log.metrics_path) if self.log.metrics_path.exists() else []
         evaluations = [r for r in history if "eval/accuracy" in r]
         with TrainingDisplay(self.config.updates, history=history) as display, _Interrupt(display) as interrupt:
-            if not evaluations:
-                display.message(f"evaluating the start on the {self.config.eval_split} split")
-                evaluations.append(self._evaluate())
-                display.update(evaluations[0])
-            if not list_checkpoints(self.config.directory / "checkpoints"):
+            if not self._resumed:
                 self.save()
-            while self.update < self.config.updates:
+            while True:
+                if self._evaluation_due() and all(r["update"] != self.update for r in evaluations):
+                    where = "start" if not self.update else "end" if self.update >= self.config.updates else "model"
+                    display.message(f"evaluating the {where} on the {self.config.eval_split} split")
+                    interrupt.phase = "evaluation"
+                    evaluations.append(self._evaluate())
+                    display.update(evaluations[-1])
+                    interrupt.phase = "update"
+                    if interrupt.asked:
+                        raise KeyboardInterrupt
+                if self.update >= self.config.updates:
+                    break
                 begin, self._learning = self._streams(), False
                 try:
                     record = self.train_step()
@@ -201,25 +239,25 @@ class Trainer:
                     raise
                 self.log.log(record)
                 display.update(record)
-                due = self.update % self.config.checkpoint_every == 0 or self.update == self.config.updates
+                due = self.update % self.config.checkpoint_every == 0 or self._evaluation_due()
                 if due or interrupt.asked:
                     self.save()
                 if interrupt.asked:
                     raise KeyboardInterrupt
-                if self.config.eval_every and self.update % self.config.eval_every == 0:
-                    evaluations.append(self._evaluate())
-                    display.update(evaluations[-1])
-            if evaluations[-1]["update"] != self.update:
-                evaluations.append(self._evaluate())
-                display.update(evaluations[-1])
         return evaluations[0], evaluations[-1]
 
-    def _step_size(self) -> float:
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval_every
+        at_an_end = self.update == 0 or self.update >= self.config.updates
+        return at_an_end or (every > 0 and self.update % every == 0)
+
+    def _schedule(self) -> float:
+        """Returns the factor on the step sizes."""
         config = self.config
         rise = min(1.0, (self.update + 1) / max(config.lr_warmup, 1))
         # One batch says little about the gradient, so the last updates must be small for the noise of the first to average out.
         fall = 1.0 if config.lr_schedule == "constant" else 1 - self.update / config.updates
-        return config.lr * rise * fall
+        return rise * fall
 
     def _evaluate(self) -> dict[str, Any]:
         start = time.perf_counter()
@@ -240,7 +278,8 @@ class Trainer:
         return record
 
     def _task_record(self, key: str) -> dict[str, Any]:
-        task = self.envs._envs[0].unwrapped.pick_task(self.rng, key)  # type: ignore[attr-defined]
+        # A generator of its own: what is logged must not move the one that training draws from.
+        task = self.envs._envs[0].unwrapped.pick_task(np.random.default_rng(0), key)  # type: ignore[attr-defined]
         return {"question": task.prompt, "answers": list(getattr(task, "answers", ()))}
 
     # State.
@@ -288,35 +327,43 @@ class Trainer:
 
     def _load(self, checkpoint: Any) -> None:
         self.update, state = load_checkpoint(checkpoint)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.allocator.load_state_dict(state["allocator"])
-        self._set_streams(state)
-        self.total = Ledger(**state["ledger"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.allocator.load_state_dict(state["allocator"])
+            self._set_streams(state)
+            self.total = Ledger(**state["ledger"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint {checkpoint} does not fit the settings of the run or this release "
+                f"({type(error).__name__}: {error}); resume with the settings in {self.config.directory / CONFIG}"
+            ) from error
         self.log.truncate_after(self.update)
 
 
 def eval_task_ids(env_id: str, env_kwargs: dict[str, Any], per_hop: int) -> list[str]:
     """Returns the first `per_hop` tasks of each number of hops (all tasks if it is 0), in the data set's order."""
-    env = gym.make(env_id, disable_env_checker=True, **env_kwargs).unwrapped
-    ids = list(env.task_ids())  # type: ignore[attr-defined]
-    if not per_hop:
-        return ids
-    taken: dict[int, int] = {}
-    chosen = []
-    for task_id in ids:
-        hops = int(getattr(env.pick_task(np.random.default_rng(0), task_id), "hops", 0))  # type: ignore[attr-defined]
-        if taken.get(hops, 0) < per_hop:
-            taken[hops] = taken.get(hops, 0) + 1
-            chosen.append(task_id)
-    return chosen
+    with contextlib.closing(make_env(env_id, env_kwargs)) as made:
+        env: Any = made.unwrapped
+        ids = list(env.task_ids())
+        if not per_hop:
+            return ids
+        taken: dict[int, int] = {}
+        chosen = []
+        for task_id in ids:
+            hops = int(getattr(env.pick_task(np.random.default_rng(0), task_id), "hops", 0))
+            if taken.get(hops, 0) < per_hop:
+                taken[hops] = taken.get(hops, 0) + 1
+                chosen.append(task_id)
+        return chosen
 
 
 def batch_figures(forest: Forest) -> dict[str, Any]:
     """Returns what the log says of a batch: success, effective ratios, the ledger, and where the budget went."""
     leaves = [leaf for tree in forest for leaf in tree.leaves("root")]
+    rewards = [tree.returns()[[leaf.id for leaf in tree.leaves("root")]] for tree in forest]
     figures: dict[str, Any] = {
         "train/success": float(np.mean([bool(leaf.is_correct) for leaf in leaves])),
-        "train/reward": float(np.mean([tree.returns()[leaf.id] for tree in forest for leaf in tree.leaves("root")])),
+        "train/reward": float(np.concatenate(rewards).mean()),
         "train/turns": float(np.mean([leaf.depth for leaf in leaves])),
         "train/prompts": len(forest),
         "effective_ratio/roots": forest.effective_ratio("root"),

@@ -3,10 +3,9 @@
 Invariant: a trajectory is made by stepping the real environment with the oracle's text, so the tokens have exactly the form
 that they will have when the model acts; only what the agent writes is trained.
 
-Three phases. *Reading drills* first: the result of a search and every fact in it, several facts a sequence, because finding
-a value in a text is what takes a small model longest, and a trajectory practises it once a turn. Then trajectories of all
-lengths, then mostly easy ones, which leaves success spread widely: nearly all one-hop questions answered, nearly none of the
-six-hop ones.
+*Reading drills* come first: the result of a search and every fact in it, several facts a sequence, because finding a value in
+a text is what takes a small model longest, and a trajectory practises it once a turn. Then come trajectories, most of them
+of few hops, which leaves success spread widely: most one-hop questions are answered, hardly any six-hop ones.
 """
 
 from __future__ import annotations
@@ -65,7 +64,8 @@ class WarmStartConfig:
     phases: tuple[Phase, ...] = (
         Phase(1200),
         Phase(800, (4, 4, 3, 1, 0.3, 0.1)),
-        Phase(200, (6, 5, 3, 0.6, 0.1, 0.0), 2e-4),
+        Phase(1500, (4, 4, 3, 1.5, 0.6, 0.3), 8e-4),
+        Phase(700, (6, 4, 3, 1, 0.3, 0.1)),
     )
     batch_size: int = 32
     noise: float = 0.1
@@ -202,7 +202,7 @@ def warm_start(
 
     Args:
         config: See `WarmStartConfig`.
-        directory: Where the folder goes; the model as it was after each phase but the last is kept in `phase-<k>` in it.
+        directory: Where the folder goes; the model as it was after phase k is kept beside it, in `<directory>-phase-<k>`.
         progress: Called with the step and the loss.
 
     Returns:
@@ -219,7 +219,7 @@ def warm_start(
             done += 1
             if progress is not None:
                 progress(done, loss)
-        folder = directory if number == len(config.phases) else directory / f"phase-{number}"
+        folder = directory if number == len(config.phases) else directory.with_name(f"{directory.name}-phase-{number}")
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return model.eval(), tokenizer

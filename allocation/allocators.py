@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from allocation.beliefs import BetaBeliefs, fit_kappa
-from allocation.contrast import ROOT_VALUES
+from allocation.beliefs import KAPPA_BOUNDS, BetaBeliefs, fit_kappa
+from allocation.contrast import BELIEFS, ROOT_VALUES
 from allocation.predictor import HiddenStatePredictor, MeanPredictor, Predictor, anchor_of, fit_report, training_set
-from allocation.prefixes import allocate_prefixes
+from allocation.prefixes import PREFIX_MODES, allocate_prefixes
 from allocation.roots import allocate_roots
 from allocation.tree import Forest, Tree
 
@@ -49,6 +49,10 @@ class Allocator(Protocol):
 
     def allocate_prefixes(self, tree: Tree, budget: int, rng: np.random.Generator) -> list[tuple[int, int]]:
         """Returns (node id, continuations) for the prefixes of a tree whose root rollouts are finished."""
+        ...
+
+    def max_rollouts(self, tree: Tree) -> int | None:
+        """Returns the most root rollouts that a prompt may get, `None` for no limit."""
         ...
 
     def update(self, forest: Forest) -> dict[str, float]:
@@ -100,6 +104,10 @@ class UniformAllocator:
         """No continuations."""
         return []
 
+    def max_rollouts(self, tree: Tree) -> int | None:
+        """No limit."""
+        return None
+
     def update(self, forest: Forest) -> dict[str, float]:
         """Learns nothing."""
         return {}
@@ -128,6 +136,9 @@ class TraceConfig:
         cap_per_rollout: Most continuations from the prefixes of one root rollout; `None` for no limit.
         kappa: Weight of the predictor in the Beta beliefs, in pseudo-rollouts; `None` fits it to calibration.
         decay: Factor on a prompt's counts at each policy update.
+
+    Raises:
+        ValueError: A name is unknown or a number out of range.
     """
 
     pool_factor: float = 4.0
@@ -142,6 +153,29 @@ class TraceConfig:
     kappa: float | None = None
     decay: float = 0.7
 
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("root_value", sorted(ROOT_VALUES)),
+            ("prefix_mode", PREFIX_MODES),
+            ("prefix_belief", BELIEFS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+        if not 2 <= self.m_min <= self.m_max:
+            raise ValueError(f"need 2 <= m_min <= m_max, got m_min={self.m_min}, m_max={self.m_max}")
+        if self.pool_factor <= 0:
+            raise ValueError(f"pool_factor must be positive, got {self.pool_factor}")
+        if not 0 <= self.explore <= 1:
+            raise ValueError(f"explore must lie in [0, 1], got {self.explore}")
+        if self.continuations < 0:
+            raise ValueError(f"continuations must not be negative, got {self.continuations}")
+        if self.cap_per_rollout is not None and self.cap_per_rollout < 0:
+            raise ValueError(f"cap_per_rollout must be None or not negative, got {self.cap_per_rollout}")
+        if self.kappa is not None and self.kappa <= 0:
+            raise ValueError(f"kappa must be None or positive, got {self.kappa}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must lie in (0, 1], got {self.decay}")
+
 
 class TraceAllocator:
     """TRACE: prompts first, then prefixes, by the predicted chance of contrast.
@@ -155,10 +189,6 @@ class TraceAllocator:
 
     def __init__(self, predictor: Predictor, config: TraceConfig | None = None):
         self.config = config = config or TraceConfig()
-        if config.root_value not in ROOT_VALUES:
-            raise ValueError(f"unknown root_value {config.root_value!r}; known: {', '.join(sorted(ROOT_VALUES))}")
-        if config.continuations < 0:
-            raise ValueError(f"continuations must not be negative, got {config.continuations}")
         self.predictor = predictor
         self.beliefs = BetaBeliefs(decay=config.decay)
         self.base = MeanPredictor()
@@ -224,8 +254,9 @@ class TraceAllocator:
         outcome = {n.rollout: float(bool(n.is_correct)) for n in tree.leaves("root")}
         results = np.array([outcome[n.rollout] for n in inner])
         mean = np.clip(predicted, 1e-3, 1 - 1e-3)
-        # The rollout that passed through a prefix is itself one observation of its value.
-        seen = 1.0 if config.prefix_belief == "posterior" else 0.0
+        # The rollout that passed through a prefix is itself one observation of its value. Only `flip`, which looks at that
+        # outcome anyway, may count it: the other modes would no longer be exogenous.
+        seen = float(config.prefix_mode == "flip" and config.prefix_belief == "posterior")
         counts = allocate_prefixes(
             self.kappa * mean + seen * results,
             self.kappa * (1 - mean) + seen * (1 - results),
@@ -238,6 +269,10 @@ class TraceAllocator:
             rng=rng,
         )
         return [(i, int(k)) for i, k in zip(ids, counts, strict=True) if k]
+
+    def max_rollouts(self, tree: Tree) -> int | None:
+        """The bound `m_max` of the root stage."""
+        return self.config.m_max
 
     def update(self, forest: Forest) -> dict[str, float]:
         """Scores the predictor on the batch, trains it, and folds the root outcomes into the beliefs."""
@@ -252,7 +287,7 @@ class TraceAllocator:
             predicted = self.predictor.predict(anchors)
             report |= fit_report(predicted, values, weights, float(self.base.predict(anchors[:1])[0]))
             if self.config.kappa is None:
-                self._fit_kappa(rows, predicted)
+                self._fit_kappa(rows, predicted, report["predictor/skill"])
         self.base.update(anchors, values, weights)
         report |= self.predictor.update(anchors, values, weights)
         for tree in forest:
@@ -260,8 +295,14 @@ class TraceAllocator:
         self.beliefs.decay()
         return report | {"predictor/kappa": self.kappa}
 
-    def _fit_kappa(self, rows: Sequence[tuple[Tree, Any, float, float]], predicted: np.ndarray) -> None:
-        """Moves kappa towards the value under which the prompts' root outcomes were most likely."""
+    def _fit_kappa(self, rows: Sequence[tuple[Tree, Any, float, float]], predicted: np.ndarray, skill: float) -> None:
+        """Moves kappa towards the value under which the prompts' root outcomes were most likely.
+
+        Predictions that do not beat the running mean lose half of their weight instead (docs/algorithm.md section 3).
+        """
+        if skill <= 0:
+            self.kappa = max(KAPPA_BOUNDS[0], self.kappa * 0.5)
+            return
         roots = [
             (p, *tree.outcome_counts("root"))
             for p, (tree, node, _, _) in zip(predicted, rows, strict=True)

@@ -20,6 +20,8 @@ KAPPA_BOUNDS = (0.5, 100.0)
 """Least and greatest concentration that :func:`fit_kappa` returns, in observations."""
 
 _SCHEMA = 1
+_PRUNE_EVERY = 50
+_NEGLIGIBLE = 1e-6
 
 
 class BetaBeliefs:
@@ -44,7 +46,7 @@ class BetaBeliefs:
         self._counts: dict[str, tuple[float, float, int]] = {}
 
     def __len__(self) -> int:
-        """Number of keys ever updated."""
+        """Number of keys that are remembered."""
         return len(self._counts)
 
     @property
@@ -71,8 +73,14 @@ class BetaBeliefs:
         self._counts[key] = (s + float(successes), f + float(failures), self._clock)
 
     def decay(self) -> None:
-        """Age every count by one policy update, in O(1)."""
+        """Age every count by one policy update, in amortised O(1) for each key.
+
+        Every 50 updates the keys whose counts have faded below 1e-6 are forgotten: a stream of new prompts would fill the
+        memory otherwise. They then count as never sampled.
+        """
         self._clock += 1
+        if self._clock % _PRUNE_EVERY == 0:
+            self._counts = {k: e for k, e in self._counts.items() if max(self.counts(k)) >= _NEGLIGIBLE}
 
     def counts(self, key: str) -> tuple[float, float]:
         """Decayed (successes, failures) of one key; zeros if it was never seen."""
@@ -107,7 +115,7 @@ class BetaBeliefs:
         return weight * mean + seen[:, 0], weight * (1.0 - mean) + seen[:, 1]
 
     def last_sampled(self, keys: Sequence[str]) -> IntArray:
-        """Policy update at which each key was last updated, int[n]; -1 if never."""
+        """Policy update at which each key was last updated, int[n]; -1 if never or long forgotten."""
         return np.array([self._counts[k][2] if k in self._counts else -1 for k in keys], dtype=np.int64)
 
     def state_dict(self) -> dict[str, Any]:

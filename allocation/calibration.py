@@ -52,7 +52,13 @@ def running_mean(outcome: npt.ArrayLike, *, prior: float = 0.5) -> FloatArray:
     return (prior + before) / (1.0 + np.arange(y.size))
 
 
-def brier_skill(v: npt.ArrayLike, outcome: npt.ArrayLike, *, reference: npt.ArrayLike | None = None) -> float:
+def brier_skill(
+    v: npt.ArrayLike,
+    outcome: npt.ArrayLike,
+    *,
+    reference: npt.ArrayLike | None = None,
+    weights: npt.ArrayLike | None = None,
+) -> float:
     """Share of a reference's Brier score that the predictions save: 1 - brier(v) / brier(reference).
 
     1 is perfect, 0 no better than the reference, negative worse.
@@ -61,6 +67,7 @@ def brier_skill(v: npt.ArrayLike, outcome: npt.ArrayLike, *, reference: npt.Arra
         v: float[n], predictions in [0, 1], in the order they were made.
         outcome: float[n], outcomes in [0, 1].
         reference: float[n], predictions to beat. None: the :func:`running_mean` of earlier outcomes.
+        weights: As in :func:`brier`.
 
     Returns:
         The skill; NaN if the reference is perfect.
@@ -68,8 +75,8 @@ def brier_skill(v: npt.ArrayLike, outcome: npt.ArrayLike, *, reference: npt.Arra
     Raises:
         ValueError: As :func:`brier`.
     """
-    base = brier(running_mean(outcome) if reference is None else reference, outcome)
-    return 1.0 - brier(v, outcome) / base if base > 0.0 else float("nan")
+    base = brier(running_mean(outcome) if reference is None else reference, outcome, weights)
+    return 1.0 - brier(v, outcome, weights) / base if base > 0.0 else float("nan")
 
 
 def reliability(v: npt.ArrayLike, outcome: npt.ArrayLike, *, bins: int = 10) -> Reliability:

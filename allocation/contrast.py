@@ -41,6 +41,22 @@ class RootValue(Protocol):
         ...
 
 
+def check_cost(cost: npt.ArrayLike, n: int) -> FloatArray:
+    """Return the expected tokens of a rollout from each of n anchors as a float64 vector.
+
+    Raises:
+        ValueError: If the shape differs or an entry is not finite and positive (its index is named).
+    """
+    c = np.asarray(cost, dtype=np.float64)
+    if c.shape != (n,):
+        raise ValueError(f"cost must have one entry for each of {n} anchors, got shape {c.shape}")
+    bad = ~(np.isfinite(c) & (c > 0.0))
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise ValueError(f"cost[{i}] is {c[i]}, expected a finite number > 0")
+    return c
+
+
 def check_beliefs(alpha: npt.ArrayLike, beta: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
     """Return both parameters as float64 vectors.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 
 @dataclass
@@ -18,6 +18,8 @@ class Ledger:
     Attributes:
         root_rollouts: Rollouts from prompts to terminals.
         continuations: Rollouts from inner prefixes to terminals.
+        leftover_roots: Those of `root_rollouts` that were planned as continuations and found no prefix.
+        unspent: Rollouts of the budget that no anchor could take.
         generated_tokens: Tokens sampled.
         prefilled_tokens: Context tokens computed.
         cached_tokens: Context tokens whose keys and values were reused instead.
@@ -31,6 +33,8 @@ class Ledger:
 
     root_rollouts: int = 0
     continuations: int = 0
+    leftover_roots: int = 0
+    unspent: int = 0
     generated_tokens: int = 0
     prefilled_tokens: int = 0
     cached_tokens: int = 0
@@ -60,7 +64,3 @@ class Ledger:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    def state_dict(self) -> dict[str, object]:
-        """Returns plain data."""
-        return asdict(self)

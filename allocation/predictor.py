@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from allocation.calibration import auc, brier
+from allocation.calibration import auc, brier, brier_skill
 from allocation.tree import Forest, Node, Tree
 
 NUM_COUNTS = 6
@@ -318,9 +318,12 @@ def fit_report(predicted: np.ndarray, values: np.ndarray, weights: np.ndarray, b
     Returns:
         `brier`, `skill` (1 - brier / brier of the running mean) and `auc` (values above one half against the rest).
     """
-    ours = brier(predicted, values, weights)
-    mean = brier(np.full_like(predicted, base), values, weights)
-    report = {"predictor/brier": ours, "predictor/skill": 1 - ours / mean if mean > 0 else 0.0}
+    skill = brier_skill(predicted, values, reference=np.full_like(predicted, base), weights=weights)
+    # A perfect running mean leaves nothing to beat it by.
+    report = {
+        "predictor/brier": brier(predicted, values, weights),
+        "predictor/skill": 0.0 if np.isnan(skill) else skill,
+    }
     labels = values > 0.5
     if labels.any() and not labels.all():
         report["predictor/auc"] = auc(predicted, labels)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from allocation.contrast import FloatArray, check_beliefs, exact_contrast, flip_success
+from allocation.contrast import FloatArray, check_beliefs, check_cost, exact_contrast, flip_success
 from allocation.roots import IntArray
 
 PREFIX_MODES = ("flip", "exact", "random", "none")
@@ -79,7 +79,7 @@ def allocate_prefixes(
         raise ValueError(f"unknown prefix mode {mode!r}; known: {', '.join(PREFIX_MODES)}")
     r = _vector("outcome", outcome, n).astype(np.float64)
     flip_success(a, b, r, 0, belief=belief)  # a malformed outcome or an unknown belief is an error in every mode
-    weight = np.ones(n) if cost is None else 1.0 / _check_cost(_vector("cost", cost, n).astype(np.float64))
+    weight = np.ones(n) if cost is None else 1.0 / check_cost(cost, n)
     budgets, owner = _check_budgets(budget, prompt, n)
     branch = _label(owner, _vector("rollout", rollout, n))
     limit = int(budgets.max(initial=0))
@@ -157,14 +157,6 @@ def _label(owner: IntArray, rollout: npt.NDArray[np.generic]) -> IntArray:
     """One number for each (prompt, rollout) pair."""
     _, number = np.unique(rollout, return_inverse=True)
     return owner * (int(number.max(initial=0)) + 1) + number
-
-
-def _check_cost(cost: FloatArray) -> FloatArray:
-    bad = ~(np.isfinite(cost) & (cost > 0.0))
-    if bad.any():
-        i = int(np.argmax(bad))
-        raise ValueError(f"cost[{i}] is {cost[i]}, expected a finite number > 0")
-    return cost
 
 
 def _check_budgets(budget: int | npt.ArrayLike, prompt: npt.ArrayLike | None, n: int) -> tuple[IntArray, IntArray]:

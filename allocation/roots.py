@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from allocation.contrast import FloatArray
+from allocation.contrast import FloatArray, check_cost
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -103,7 +103,7 @@ def plan_roots(
     values = _check_table(table, m_max)
     n = values.shape[0]
     if cost is not None:
-        values = values / _check_cost(cost, n)[:, None]
+        values = values / check_cost(cost, n)[:, None]
     most = _check_budget(n, budget, m_min, m_max)
     if m_min == 1 < m_max and values.any() and not values[:, 1].any():
         raise ValueError(
@@ -266,17 +266,6 @@ def _check_table(table: npt.ArrayLike, m_max: int) -> FloatArray:
         raise ValueError(f"table[{i}] holds a value that is not finite: {values[i].tolist()}")
     # An unopened prompt is worth nothing whatever the caller wrote in column 0: only differences to it count.
     return values - values[:, :1] if np.any(values[:, 0]) else values
-
-
-def _check_cost(cost: npt.ArrayLike, n: int) -> FloatArray:
-    c = np.asarray(cost, dtype=np.float64)
-    if c.shape != (n,):
-        raise ValueError(f"cost must have one entry for each of {n} prompts, got shape {c.shape}")
-    bad = ~(np.isfinite(c) & (c > 0.0))
-    if bad.any():
-        i = int(np.argmax(bad))
-        raise ValueError(f"cost[{i}] is {c[i]}, expected a finite number > 0")
-    return c
 
 
 def _check_budget(n: int, budget: int, m_min: int, m_max: int) -> int:

@@ -3,8 +3,8 @@
 Invariant: each job handed out is finished exactly once, and a prompt's prefix stage is planned at the moment when the last
 of its root rollouts is finished: local to the prompt, without a barrier between prompts.
 
-What a prompt cannot spend on prefixes (it has none, or caps bind) it spends on further root rollouts, so that every method
-spends the whole budget.
+What a prompt cannot spend on prefixes (it has none, or caps bind) it spends on further root rollouts, up to the allocator's
+bound for a prompt, so that methods are compared at equal cost; the rest stays unspent. The ledger counts both.
 
 Order: continuations before root rollouts, so that trees are completed early and their states can be dropped.
 """
@@ -57,10 +57,12 @@ class Scheduler:
         self._roots: deque[Job] = deque()
         self._continuations: deque[Job] = deque()
         self._pending = 0
+        # Root rollouts of each tree, and rollouts of any origin, that are queued or running.
         self._open_roots = {tree.index: int(m) for tree, m in zip(forest.trees, root_counts, strict=True)}
+        self._open = dict(self._open_roots)
+        self._ledger = forest.ledger
         self._prefix_budgets = allocator.prefix_budgets(np.asarray(root_counts), continuations, rng)
         for tree, count in zip(forest.trees, root_counts, strict=True):
-            tree.budget_roots = int(count)
             for _ in range(int(count)):
                 self._roots.append(self._job(tree, tree.root, "root"))
 
@@ -80,20 +82,31 @@ class Scheduler:
 
     def finished(self, job: Job) -> None:
         """Reports that a job's rollout has reached a terminal."""
-        self._pending -= 1
-        if job.origin != "root":
-            return
         tree = job.tree
-        self._open_roots[tree.index] -= 1
+        self._pending -= 1
+        self._open[tree.index] -= 1
+        if job.origin == "root":
+            self._open_roots[tree.index] -= 1
+            if not self._open_roots[tree.index]:
+                self._plan_prefixes(tree)
+        tree.finished = not self._open[tree.index]
+
+    def _plan_prefixes(self, tree: Tree) -> None:
         budget = int(self._prefix_budgets[tree.index])
-        if self._open_roots[tree.index] or not budget:
+        if not budget:
             return
         self._prefix_budgets[tree.index] = 0
+        self._open[tree.index] += budget
         for node_id, count in self._allocator.allocate_prefixes(tree, budget, self._rng):
             budget -= count
             self._continuations.extend(self._job(tree, tree.nodes[node_id], "continuation") for _ in range(count))
-        self._open_roots[tree.index] = budget
-        self._roots.extend(self._job(tree, tree.root, "root") for _ in range(budget))
+        most = self._allocator.max_rollouts(tree)
+        leftover = budget if most is None else min(budget, max(most - len(tree.leaves("root")), 0))
+        self._open_roots[tree.index] = leftover
+        self._roots.extend(self._job(tree, tree.root, "root") for _ in range(leftover))
+        self._ledger.leftover_roots += leftover
+        self._ledger.unspent += budget - leftover
+        self._open[tree.index] -= budget - leftover
 
     @property
     def done(self) -> bool:

@@ -33,7 +33,7 @@ class Sample:
         features: Last hidden state at the end of the prefix, float32 [d], or `None` from an engine that gives none.
         finish_reason: `stop`, or `length` when the token limit cut the action.
         prefilled: Context tokens that were really computed for this call (the rest came from a cache).
-        entropy: Mean entropy of the sampled positions, in nats, or `None`.
+        entropy: Mean entropy of the sampled positions, in nats; `None` where the engine gives none.
     """
 
     text: str
@@ -61,7 +61,7 @@ class Node:
         sample: Token ids and log-probs of the turn; `None` at the root and for policies without tokens.
         context_ids: Tokens shown after this node's action and before the next, shared by every action sampled here.
         features: Hidden state at the end of this prefix; `None` until an action was sampled here.
-        snapshot: The environment at this prefix; `None` at terminals and after `Forest.drop_snapshots`.
+        snapshot: The environment at this prefix; `None` at terminals and after `Tree.drop_snapshots`.
         info: The environment's info at this prefix; kept and dropped with the snapshot.
         children: Ids of the nodes one turn further.
         reward: Reward of the edge.
@@ -100,6 +100,12 @@ class Node:
         """Whether the episode ended here."""
         return self.terminated or self.truncated
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that this turn added to the context: those of the action and those shown after it."""
+        action = 0 if self.sample is None else len(self.sample.action_ids)
+        return action + (0 if self.context_ids is None else len(self.context_ids))
+
 
 class Tree:
     """All rollouts of one prompt.
@@ -109,6 +115,10 @@ class Tree:
         index: Position in the forest.
         observation: First observation.
         info: What is known of the prompt and worth keeping with it (plain data).
+
+    Attributes:
+        num_rollouts: Rollouts planned so far, root rollouts and continuations together.
+        finished: Whether all of them have ended and none will be added; what was kept to branch the tree may go then.
     """
 
     def __init__(self, key: str, index: int, observation: Any, info: dict[str, Any] | None = None):
@@ -117,7 +127,7 @@ class Tree:
         self.info = info or {}
         self.nodes: list[Node] = [Node(0, None, 0, "root", -1, observation=observation)]
         self.num_rollouts = 0
-        self.budget_roots = 0
+        self.finished = False
 
     @property
     def root(self) -> Node:
@@ -186,6 +196,11 @@ class Tree:
         successes = sum(bool(n.is_correct) for n in leaves)
         return successes, len(leaves) - successes
 
+    def drop_snapshots(self) -> None:
+        """Forgets the environments' states, which only the driver needs."""
+        for node in self.nodes:
+            node.snapshot = node.info = None
+
 
 @dataclass
 class Forest:
@@ -214,12 +229,6 @@ class Forest:
         counts = [tree.outcome_counts(origin) for tree in self.trees]
         counts = [c for c in counts if sum(c)]
         return sum(s > 0 and f > 0 for s, f in counts) / len(counts) if counts else 0.0
-
-    def drop_snapshots(self) -> None:
-        """Forgets the environments' states, which only the driver needs."""
-        for tree in self.trees:
-            for node in tree.nodes:
-                node.snapshot = node.info = None
 
 
 def tree_record(tree: Tree, advantages: np.ndarray | None = None) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 Invariant: one `step` of the wrapper is one step of every active slot; a finished slot is not reset but restored to the next
 anchor, and what was finished is in the forest.
 
+Candidate prompts are opened by resetting the environment of the first slot, one after the other; the slots then start from
+the snapshots taken there, so the other environments of the vector are never reset.
+
 To an agent it is an ordinary Gymnasium vector environment with autoreset in the same step: the observation returned for a
 finished slot is the one of its next rollout, the last one is in `info["final_obs"]`. The loop ends when no slot is active.
 """
@@ -94,7 +97,7 @@ class TreeAllocationWrapper(VectorEnv):
             the number of tokens that were computed for them, which the ledger counts as prefilled.
             `None` leaves the predictor without features at roots until an action was sampled there.
         success: Called with the episode's return and last info; says whether it succeeded.
-        keep_snapshots: Keep every node's snapshot after the forest is finished, to branch from it by hand.
+        keep_snapshots: Keep every node's snapshot and info after its tree is finished, to branch from it by hand.
     """
 
     def __init__(
@@ -235,8 +238,6 @@ class TreeAllocationWrapper(VectorEnv):
         for i in range(self.num_envs):
             if self._slots[i] is None:
                 self._assign(i)
-        if self._scheduler.done and not self._keep_snapshots:
-            self.forest.drop_snapshots()
         return self._observations(), rewards, terminated, truncated, self._infos(final)
 
     def close(self, **kwargs: Any) -> None:
@@ -293,7 +294,8 @@ class TreeAllocationWrapper(VectorEnv):
                 parent.context_ids, parent.features = sample.context_ids, sample.features
             ledger.generated_tokens += len(sample.action_ids)
             ledger.prefilled_tokens += sample.prefilled
-            ledger.cached_tokens += sum(_tokens(n) for n in tree.path(parent)) - sample.prefilled
+            if len(sample.action_ids) or sample.prefilled:  # neither: the context did not fit, so nothing was reused
+                ledger.cached_tokens += sum(n.num_tokens for n in tree.path(parent)) - sample.prefilled
         node = tree.add(
             parent,
             slot.job.rollout,
@@ -319,6 +321,8 @@ class TreeAllocationWrapper(VectorEnv):
         assert self._scheduler is not None
         with self.forest.ledger.timed("allocate"):
             self._scheduler.finished(slot.job)
+        if slot.job.tree.finished and not self._keep_snapshots:
+            slot.job.tree.drop_snapshots()
 
     def _observations(self) -> Any:
         space: Any = self.single_observation_space
@@ -346,9 +350,3 @@ class TreeAllocationWrapper(VectorEnv):
                 info["final_obs"], info["final_info"] = final[i]
             infos = self._add_info(infos, info, i)
         return infos
-
-
-def _tokens(node: Node) -> int:
-    return (0 if node.sample is None else len(node.sample.action_ids)) + (
-        0 if node.context_ids is None else len(node.context_ids)
-    )

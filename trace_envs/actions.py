@@ -12,44 +12,31 @@ follows, so such a turn holds no action.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
-from trace_envs.schemas import (
-    Function,
-    JSONRefused,
-    Tools,
-    by_name,
-    check_value,
-    describe,
-    dumps,
-    example_call,
-    kind_of,
-    loads_object,
-    show,
-    signature,
-    text_argument,
+from trace_envs.blocks import (
+    END_THINK,
+    THINK,
+    Block,
+    Known,
+    Malformed,
+    bodies,
+    call_of_body,
+    checked_call,
+    outside_thoughts,
+    read_answer,
+    read_object,
+    stray_end,
+    tagged,
+    tool_of,
+    without_tags,
 )
+from trace_envs.schemas import Tools, by_name, describe, dumps, example_call, kind_of, show
 from trace_envs.state import Action, FinalAnswer, FormatError, ToolCall
 
-_THINK, _END_THINK = "<think>", "</think>"
 _ANSWER = "answer"
 _FINAL = "Final Answer:"
-Known = Mapping[str, Function]
-
-
-class _Malformed(Exception):
-    """Why a turn is not an action; never leaves this module."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """A stretch of text that claims to be an action: the tag or tool name it stands under, and what it holds."""
-
-    tag: str
-    body: str
 
 
 class ActionFormat(ABC):
@@ -76,14 +63,14 @@ class ActionFormat(ABC):
         """
         known = by_name(tools)
         try:
-            visible = _outside_thoughts(text)
+            visible = outside_thoughts(text)
             blocks = self._scan(visible, known)
             if not blocks:
-                raise _Malformed(f"No action found{self._why_none(visible, known)}. {self._expected(known)}")
+                raise Malformed(f"No action found{self._why_none(visible, known)}. {self._expected(known)}")
             if len(blocks) > 1:
-                raise _Malformed(f"Found {len(blocks)} actions in one turn; give exactly one. {self._expected(known)}")
+                raise Malformed(f"Found {len(blocks)} actions in one turn; give exactly one. {self._expected(known)}")
             return self._read(blocks[0], known)
-        except _Malformed as error:
+        except Malformed as error:
             return FormatError(str(error))
 
     def render(self, thought: str, action: ToolCall | FinalAnswer, tools: Tools | None = None) -> str:
@@ -102,9 +89,9 @@ class ActionFormat(ABC):
             ValueError: The format has no way to write this, such as an answer that holds the closing tag.
         """
         if tools is None:
-            tools = [] if isinstance(action, FinalAnswer) else [_tool_of(action)]
+            tools = [] if isinstance(action, FinalAnswer) else [tool_of(action)]
         for spelling in self._spellings(action):
-            for before in (thought, f"{_THINK}{thought}{_END_THINK}"):
+            for before in (thought, f"{THINK}{thought}{END_THINK}"):
                 text = self._with_thought(before, spelling) if thought else spelling
                 if self.parse(text, tools) == action:
                     return text
@@ -127,11 +114,11 @@ class ActionFormat(ABC):
         )
 
     @abstractmethod
-    def _scan(self, text: str, known: Known) -> list[_Block]:
+    def _scan(self, text: str, known: Known) -> list[Block]:
         """Finds the actions of a turn, in order."""
 
     @abstractmethod
-    def _read(self, block: _Block, known: Known) -> Action:
+    def _read(self, block: Block, known: Known) -> Action:
         """Reads one of the blocks that `_scan` found."""
 
     @abstractmethod
@@ -156,23 +143,23 @@ class HermesFormat(ActionFormat):
     name = "hermes"
     _TAG = "tool_call"
 
-    def _scan(self, text: str, known: Known) -> list[_Block]:
-        return _tagged(text, (self._TAG, _ANSWER))
+    def _scan(self, text: str, known: Known) -> list[Block]:
+        return tagged(text, (self._TAG, _ANSWER))
 
-    def _read(self, block: _Block, known: Known) -> Action:
+    def _read(self, block: Block, known: Known) -> Action:
         if block.tag == _ANSWER:
-            return _answer(block.body)
-        call = _object(block.body, "The text inside <tool_call>", self._expected(known))
+            return read_answer(block.body)
+        call = read_object(block.body, "The text inside <tool_call>", self._expected(known))
         name = call.get("name")
         if not isinstance(name, str):
-            raise _Malformed(f'The call has no "name" that is a string. {self._expected(known)}')
+            raise Malformed(f'The call has no "name" that is a string. {self._expected(known)}')
         extra = next((key for key in call if key not in ("name", "arguments")), None)
         if extra is not None:
-            raise _Malformed(f'Unexpected key {show(extra)} beside "name" and "arguments". {self._expected(known)}')
+            raise Malformed(f'Unexpected key {show(extra)} beside "name" and "arguments". {self._expected(known)}')
         arguments = call.get("arguments", {})
         if not isinstance(arguments, dict):
-            raise _Malformed(f'"arguments" must be an object, not {kind_of(arguments)}. {self._expected(known)}')
-        return _checked_call(name, arguments, known)
+            raise Malformed(f'"arguments" must be an object, not {kind_of(arguments)}. {self._expected(known)}')
+        return checked_call(name, arguments, known)
 
     def _spellings(self, action: ToolCall | FinalAnswer) -> Iterator[str]:
         if isinstance(action, FinalAnswer):
@@ -180,7 +167,7 @@ class HermesFormat(ActionFormat):
             return
         body = dumps({"name": action.name, "arguments": dict(action.arguments)})
         yield f"<tool_call>{body}</tool_call>"
-        yield f"<tool_call>{_without_tags(body)}</tool_call>"
+        yield f"<tool_call>{without_tags(body)}</tool_call>"
 
     def _expected(self, known: Known) -> str:
         if not known:
@@ -188,7 +175,7 @@ class HermesFormat(ActionFormat):
         return 'Expected one <tool_call>{"name": ..., "arguments": {...}}</tool_call> or one <answer>...</answer>.'
 
     def _why_none(self, text: str, known: Known) -> str:
-        return _stray_end(text, (self._TAG, _ANSWER))
+        return stray_end(text, (self._TAG, _ANSWER))
 
 
 class TagsFormat(ActionFormat):
@@ -206,19 +193,19 @@ class TagsFormat(ActionFormat):
                 raise ValueError(f"format 'tags' cannot call a tool named {reserved!r}; use the format 'hermes'")
         return super().instructions(tools)
 
-    def _scan(self, text: str, known: Known) -> list[_Block]:
-        return _tagged(text, (*known, _ANSWER))
+    def _scan(self, text: str, known: Known) -> list[Block]:
+        return tagged(text, (*known, _ANSWER))
 
-    def _read(self, block: _Block, known: Known) -> Action:
+    def _read(self, block: Block, known: Known) -> Action:
         if block.tag == _ANSWER:
-            return _answer(block.body)
-        return _call_of_body(block, known, f"The text inside <{block.tag}>")
+            return read_answer(block.body)
+        return call_of_body(block, known, f"The text inside <{block.tag}>")
 
     def _spellings(self, action: ToolCall | FinalAnswer) -> Iterator[str]:
         if isinstance(action, FinalAnswer):
             yield f"<answer>{action.text}</answer>"
             return
-        for body in _bodies(action):
+        for body in bodies(action):
             yield f"<{action.name}>{body}</{action.name}>"
 
     def _expected(self, known: Known) -> str:
@@ -233,7 +220,7 @@ class TagsFormat(ActionFormat):
             if name.isidentifier() and name not in known:
                 return f": unknown tool {show(name)}"
             start = text.find("<", start + 1)
-        return _stray_end(text, (*known, _ANSWER))
+        return stray_end(text, (*known, _ANSWER))
 
 
 class ReActFormat(ActionFormat):
@@ -247,27 +234,27 @@ class ReActFormat(ActionFormat):
     name = "react"
     _MARKERS = ("Thought:", "Action:", "Action Input:", "Observation:", _FINAL)
 
-    def _scan(self, text: str, known: Known) -> list[_Block]:
-        blocks: list[_Block] = []
+    def _scan(self, text: str, known: Known) -> list[Block]:
+        blocks: list[Block] = []
         bare: str | None = None  # an `Action: name` that may still get its `Action Input:`
         for marker, body in self._sections(text):
             if marker == "Action Input:":
                 if bare is None:
-                    raise _Malformed(f"Action Input without an Action: name line before it. {self._expected(known)}")
-                blocks[-1] = _Block(bare, body.strip())
+                    raise Malformed(f"Action Input without an Action: name line before it. {self._expected(known)}")
+                blocks[-1] = Block(bare, body.strip())
                 bare = None
             elif marker == "Action:":
                 name, bracket, argument = body.split("\n", 1)[0].strip().partition("[")
                 name = name.strip()
                 if bracket and not argument.endswith("]"):
-                    raise _Malformed(f"The bracket after Action: {show(name)} is not closed. {self._expected(known)}")
+                    raise Malformed(f"The bracket after Action: {show(name)} is not closed. {self._expected(known)}")
                 bare = None if bracket else name
                 if name.lower() == "finish" and name not in known:
                     name = _FINAL
-                blocks.append(_Block(name, argument[:-1].strip()))
+                blocks.append(Block(name, argument[:-1].strip()))
             elif marker == _FINAL:
                 bare = None
-                blocks.append(_Block(_FINAL, body))
+                blocks.append(Block(_FINAL, body))
         return blocks
 
     def _sections(self, text: str) -> Iterator[tuple[str, str]]:
@@ -283,16 +270,16 @@ class ReActFormat(ActionFormat):
                 marker, lines = found, [head[len(found) :]]
         yield marker, "\n".join(lines)
 
-    def _read(self, block: _Block, known: Known) -> Action:
+    def _read(self, block: Block, known: Known) -> Action:
         if block.tag == _FINAL:
-            return _answer(block.body)
-        return _call_of_body(block, known, f"The input of {show(block.tag)}")
+            return read_answer(block.body)
+        return call_of_body(block, known, f"The input of {show(block.tag)}")
 
     def _spellings(self, action: ToolCall | FinalAnswer) -> Iterator[str]:
         if isinstance(action, FinalAnswer):
             yield f"Final Answer: {action.text}"
             return
-        for body in _bodies(action):
+        for body in bodies(action):
             yield (
                 f"Action: {action.name}\nAction Input: {body}" if body[:1] == "{" else f"Action: {action.name}[{body}]"
             )
@@ -322,119 +309,3 @@ def get_format(name: str) -> ActionFormat:
     if name not in _FORMATS:
         raise ValueError(f"unknown action format {name!r}; known: {', '.join(sorted(_FORMATS))}")
     return _FORMATS[name]()
-
-
-# Finding blocks ------------------------------------------------------------------------------------------------------
-
-
-def _outside_thoughts(text: str) -> str:
-    """Returns the text without its thoughts, by the rule at the top of this module."""
-    end = text.find(_END_THINK)
-    position = end + len(_END_THINK) if end >= 0 and text.find(_THINK, 0, end) < 0 else 0
-    parts = []
-    while (start := text.find(_THINK, position)) >= 0:
-        parts.append(text[position:start])
-        end = text.find(_END_THINK, start)
-        if end < 0:
-            raise _Malformed("<think> is not closed. Close it with </think> and act after it.")
-        position = end + len(_END_THINK)
-    parts.append(text[position:])
-    return "\n".join(parts)
-
-
-def _tagged(text: str, tags: Sequence[str]) -> list[_Block]:
-    """Finds `<tag>...</tag>` from left to right; what is inside one block cannot begin another."""
-    # The next beginning of each tag, nearest first. Only a tag that was passed is searched again, from where the block
-    # ended, so each tag reads the text once.
-    ahead = [(start, tag) for tag in dict.fromkeys(tags) if (start := text.find(f"<{tag}>")) >= 0]
-    heapify(ahead)
-    blocks = []
-    position = 0
-    while ahead:
-        start, tag = heappop(ahead)
-        if start >= position:
-            start += len(tag) + 2
-            position = text.find(f"</{tag}>", start)
-            if position < 0:
-                raise _Malformed(f"<{tag}> is not closed. End it with </{tag}>.")
-            blocks.append(_Block(tag, text[start:position]))
-        if (start := text.find(f"<{tag}>", position)) >= 0:
-            heappush(ahead, (start, tag))
-    return blocks
-
-
-def _stray_end(text: str, tags: Sequence[str]) -> str:
-    return next((f": </{tag}> without <{tag}> before it" for tag in tags if f"</{tag}>" in text), "")
-
-
-# Reading blocks ------------------------------------------------------------------------------------------------------
-
-
-def _answer(body: str) -> FinalAnswer:
-    if not (text := body.strip()):
-        raise _Malformed("The answer is empty. Give the answer itself, or call a tool.")
-    return FinalAnswer(text)
-
-
-def _call_of_body(block: _Block, known: Known, where: str) -> ToolCall:
-    """Reads a call whose tool is known from its tag: a JSON object, or the one string that the tool needs."""
-    function = _function(block.tag, known)
-    body = block.body.strip()
-    if body.startswith("{"):
-        arguments = _object(body, where, f"Expected {signature(block.tag, function)}.")
-    elif not body:
-        arguments = {}
-    elif (argument := text_argument(function)) is not None:
-        arguments = {argument: body}
-    else:
-        raise _Malformed(f"{where} must be a JSON object of arguments. Expected {signature(block.tag, function)}.")
-    return _checked_call(block.tag, arguments, known)
-
-
-def _checked_call(name: str, arguments: dict[str, Any], known: Known) -> ToolCall:
-    function = _function(name, known)
-    parameters = function.get("parameters") or {}
-    # JSON Schema admits unknown properties unless told otherwise; a tool does not, unless told otherwise.
-    wrong = check_value(arguments, {"type": "object", "additionalProperties": False, **parameters})
-    if wrong:
-        raise _Malformed(f"{show(name)}: {wrong}. Expected {signature(name, function)}.")
-    return ToolCall(name, arguments)
-
-
-def _object(text: str, where: str, expected: str) -> dict[str, Any]:
-    try:
-        return loads_object(text)
-    except JSONRefused as error:
-        raise _Malformed(f"{where} {error}. {expected}") from None
-
-
-def _function(name: str, known: Known) -> Function:
-    if name not in known:
-        tools = ", ".join(list(known)[:20]) or "none"
-        raise _Malformed(f"Unknown tool {show(name)}; the tools are: {tools}.")
-    return known[name]
-
-
-# Writing blocks ------------------------------------------------------------------------------------------------------
-
-
-def _bodies(call: ToolCall) -> Iterator[str]:
-    """Yields ways to write arguments under a tag or line that names the tool."""
-    arguments = dict(call.arguments)
-    if not arguments:
-        yield ""
-    elif len(arguments) == 1 and isinstance(value := next(iter(arguments.values())), str):
-        yield value
-    yield dumps(arguments)
-    yield _without_tags(dumps(arguments))
-
-
-def _without_tags(body: str) -> str:
-    """Spells every `<` of a JSON text as an escape: it can only stand inside a string."""
-    return body.replace("<", "\\u003c")
-
-
-def _tool_of(call: ToolCall) -> dict[str, Any]:
-    """Returns a tool that takes exactly the arguments of a call."""
-    parameters = {"properties": {name: {} for name in call.arguments}, "required": list(call.arguments)}
-    return {"type": "function", "function": {"name": call.name, "parameters": parameters}}

@@ -58,6 +58,7 @@ class RaggedCache(Cache):
         num_layers: Layers of the model.
         lengths: Tokens held by each row, int64 [rows].
         capacity: Positions to reserve for each row.
+        max_length: Positions that the model knows.
 
     Attributes:
         data: Float [2 * layers, rows, heads, capacity, dim]: keys of layer l at 2l, values at 2l + 1. `None` before the first
@@ -65,11 +66,12 @@ class RaggedCache(Cache):
         width: Keys that the next forward pass may attend to; set by `prepare`.
     """
 
-    def __init__(self, num_layers: int, lengths: torch.Tensor, capacity: int):
+    def __init__(self, num_layers: int, lengths: torch.Tensor, capacity: int, max_length: int):
         super().__init__(layers=[_RaggedLayer(self, index) for index in range(num_layers)])
         self.lengths = lengths
         self.rows = torch.arange(len(lengths), device=lengths.device)
         self.capacity = capacity
+        self.max_length = max_length
         self.width = 0
         self.data: torch.Tensor | None = None
 
@@ -103,7 +105,9 @@ class RaggedCache(Cache):
         position = self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
         self.width = int(self.lengths.max()) + new
         mask = torch.arange(self.width, device=self.lengths.device) <= position[:, :, None]
-        return mask[:, None], position
+        # Only padding and rows that have ended come to lie further back; where does not matter, but a learned embedding has
+        # to have the position.
+        return mask[:, None], position.clamp(max=self.max_length - 1)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps (or repeats) the given rows, in their order."""

@@ -5,14 +5,15 @@ to see what follows it); the ids in a `Sample` are the ids that were sampled.
 
 How a turn goes: the distinct prefixes of the batch are assembled from stored segments, their new tokens are computed, rows
 are repeated where several rollouts leave one prefix, and the batch is decoded token by token. A node's segment holds the
-keys and values of its action and of what the environment answered; segments live as long as their tree, or until the
-weights change (`reset_cache`).
+keys and values of its action and of what the environment answered; segments live until their tree is finished, or
+until the weights change (`reset_cache`).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class TransformersPolicy:
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         seed: int = 0,
-        batch_tokens: int = 16_384,
+        batch_tokens: int = 12_288,
     ):
         if temperature < 0:
             raise ValueError(f"temperature must not be negative, got {temperature}")
@@ -70,45 +71,51 @@ class TransformersPolicy:
         self._segments.clear()
         self._pending.clear()
 
-    def reseed(self, seed: int) -> None:
-        """Restarts the sampling generator."""
-        self.generator.manual_seed(seed)
+    @contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
 
     @torch.inference_mode()
     def encode(self, contexts: Sequence[Context]) -> tuple[np.ndarray, int]:
         """Returns the last hidden state at the end of each context, float32 [n, d], and the number of tokens computed.
 
-        What was computed is kept for `act`.
+        What was computed is kept for `act`. A context longer than the model's length is not computed; its state is zero.
         """
-        was_training = self.model.training
-        self.model.eval()
-        out, computed = [], 0
-        for start in range(0, len(contexts), 64):
-            chunk = contexts[start : start + 64]
-            _, _, hidden, counts = self._prefill(chunk, [self._context_ids(c) for c in chunk])
-            out.append(hidden.float().cpu().numpy())
-            computed += sum(counts)
-        self.model.train(was_training)
-        return np.concatenate(out), computed
+        out, computed = np.zeros((len(contexts), int(self.model.config.hidden_size)), np.float32), 0
+        ids = [self._context_ids(c) for c in contexts]
+        lengths = [self._path_length(c) + len(i) for c, i in zip(contexts, ids, strict=True)]
+        fitting = [i for i, length in enumerate(lengths) if length <= self.max_length]
+        with self._evaluation_mode():
+            for start in range(0, len(fitting), 64):
+                chunk = fitting[start : start + 64]
+                _, _, hidden, counts = self._prefill([contexts[i] for i in chunk], [ids[i] for i in chunk])
+                out[chunk] = hidden.float().cpu().numpy()
+                computed += sum(counts)
+        return out, computed
 
     @torch.inference_mode()
     def act(self, contexts: Sequence[Context]) -> list[Sample]:
         """Samples one action for each context."""
-        was_training = self.model.training
-        self.model.eval()
+        for tree in [t for t in self._segments if t.finished]:
+            del self._segments[tree]
         ids = [self._context_ids(c) for c in contexts]
         lengths = [self._path_length(c) + len(i) for c, i in zip(contexts, ids, strict=True)]
         samples: dict[int, Sample] = {}
-        for batch in self._batches(contexts, lengths):
-            fitting = [i for i in batch if lengths[i] + 1 <= self.max_length]
-            for i in batch:
-                if i not in fitting:
-                    nothing = np.zeros(0, dtype=np.int64)
-                    samples[i] = Sample("", nothing, nothing.astype(np.float32), ids[i], None, "length")
-            if fitting:
-                acted = self._act([contexts[i] for i in fitting], [ids[i] for i in fitting])
-                samples |= dict(zip(fitting, acted, strict=True))
-        self.model.train(was_training)
+        with self._evaluation_mode():
+            for batch in self._batches(contexts, lengths):
+                fitting = [i for i in batch if lengths[i] + 1 <= self.max_length]
+                for i in batch:
+                    if i not in fitting:
+                        nothing = np.zeros(0, dtype=np.int64)
+                        samples[i] = Sample("", nothing, nothing.astype(np.float32), ids[i], None, "length")
+                if fitting:
+                    acted = self._act([contexts[i] for i in fitting], [ids[i] for i in fitting])
+                    samples |= dict(zip(fitting, acted, strict=True))
         return [samples[i] for i in range(len(contexts))]
 
     def _batches(self, contexts: Sequence[Context], lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -142,7 +149,7 @@ class TransformersPolicy:
             logits = logits[order]
         features = hidden.float().cpu().numpy()
         samples = []
-        for i, (tokens, logprobs, entropy) in enumerate(self._decode(cache, logits, contexts)):
+        for i, (tokens, logprobs) in enumerate(self._decode(cache, logits, contexts)):
             row = source[i]
             ended = tokens[-1] == self.codec.end_id
             samples.append(
@@ -154,7 +161,6 @@ class TransformersPolicy:
                     features[row],
                     "stop" if ended else "length",
                     prefilled[row] if first[row] == i else 0,
-                    entropy,
                 )
             )
         return samples
@@ -236,7 +242,7 @@ class TransformersPolicy:
         counts = [len(f) for f in fresh]
         longest = max(counts)
         room = int(lengths.max()) + longest + self.max_new_tokens
-        cache = RaggedCache(self._num_layers, lengths, room)
+        cache = RaggedCache(self._num_layers, lengths, room, self.max_length)
         for row, segments in enumerate(known):
             start = 0
             for segment in segments:
@@ -271,25 +277,23 @@ class TransformersPolicy:
 
     def _decode(
         self, cache: RaggedCache, logits: torch.Tensor, contexts: Sequence[Context]
-    ) -> list[tuple[list[int], list[float], float]]:
-        """Samples until every row has ended; returns ids, log-probs and mean entropy for each."""
+    ) -> list[tuple[list[int], list[float]]]:
+        """Samples until every row has ended; returns ids and log-probs for each."""
         n = len(contexts)
         tokens: list[list[int]] = [[] for _ in range(n)]
         logprobs: list[list[float]] = [[] for _ in range(n)]
-        entropies = [0.0] * n
         start = cache.lengths.tolist()
         alive = list(range(n))
         in_batch = list(range(n))
         for count in range(1, self.max_new_tokens + 1):
-            ids, lps, entropy = self._sample(logits)
+            ids, lps = self._sample(logits)
             still = []
-            for row, (t, lp, h) in enumerate(zip(ids.tolist(), lps.tolist(), entropy.tolist(), strict=True)):
+            for row, (t, lp) in enumerate(zip(ids.tolist(), lps.tolist(), strict=True)):
                 i = in_batch[row]
                 if i < 0:
                     continue
                 tokens[i].append(t)
                 logprobs[i].append(lp)
-                entropies[i] += h
                 room = start[i] + count + 1 <= self.max_length
                 if t == self.codec.end_id or count == self.max_new_tokens or not room:
                     context = contexts[i]
@@ -314,22 +318,20 @@ class TransformersPolicy:
                 in_batch = [in_batch[r] for r in alive]
             logits = self._forward(cache, ids[:, None], 1)[:, -1]
             cache.lengths = cache.lengths + 1
-        return [(t, lp, h / len(t)) for t, lp, h in zip(tokens, logprobs, entropies, strict=True)]
+        return list(zip(tokens, logprobs, strict=True))
 
-    def _sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Draws one token a row; returns ids, log-probs and entropies, each [rows]."""
+    def _sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws one token a row; returns ids and log-probs, each [rows]."""
         scaled = logits.float() / (self.temperature or 1.0)
         logprobs = torch.log_softmax(scaled, -1)
-        probabilities = logprobs.exp()
         if self.temperature == 0:
             ids = logprobs.argmax(-1)
         else:
             # Inverse transform: one uniform number a row, where torch.multinomial draws one for each entry of the vocabulary.
-            cumulative = probabilities.cumsum(-1)
+            cumulative = logprobs.exp().cumsum(-1)
             drawn = torch.rand(len(logits), 1, generator=self.generator, device=logits.device) * cumulative[:, -1:]
             ids = (cumulative <= drawn).sum(-1).clamp(max=logits.shape[-1] - 1)
-        entropy = -(probabilities * logprobs).sum(-1)
-        return ids, logprobs.gather(-1, ids[:, None])[:, 0], entropy
+        return ids, logprobs.gather(-1, ids[:, None])[:, 0]
 
 
 def _tokens_of(node: Any, context_ids: np.ndarray | None) -> np.ndarray:

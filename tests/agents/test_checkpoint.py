@@ -116,6 +116,27 @@ def test_a_crash_while_writing_leaves_the_earlier_checkpoint(tmp_path, monkeypat
     assert load_checkpoint(second)[1]["x"].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_crash_while_replacing_a_checkpoint_leaves_it(tmp_path, monkeypatch, renames):
+    real, calls = os.replace, []
+
+    def crash(*args):
+        if len(calls) == renames:
+            raise KeyboardInterrupt
+        calls.append(args)
+        real(*args)
+
+    only = save(tmp_path, 4, {"x": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(agents.checkpoint.os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 4, {"x": 2})
+    assert list_checkpoints(tmp_path) == [only] and load_checkpoint(only) == (4, {"x": 1})
+    # What the crash left is swept up by the next save, whichever update it is of.
+    later = save(tmp_path, 5, {"x": 3})
+    assert {p.name for p in tmp_path.iterdir()} == {only.name, later.name}
+
+
 def test_the_last_few_are_kept(tmp_path):
     for update in (1, 2, 3, 10):
         save(tmp_path, update, keep=3)

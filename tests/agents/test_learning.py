@@ -339,6 +339,17 @@ def test_each_edge_is_trained_once_and_dead_ones_never(batch):
     assert seen > 10
 
 
+def test_rows_end_with_their_last_trained_token(model, batch):
+    forest, credits = batch
+    for tree, credit in zip(forest, credits, strict=True):
+        for leaf in tree.leaves():
+            credit.advantage[leaf.id] = 0.0
+    rows = [r for t, c in zip(forest, credits, strict=True) for r in rows_of(t, c, c.weight)]
+    assert rows and all(r.positions[-1] == len(r.ids) - 1 for r in rows)
+    expected, _ = slow_gradient(model, forest, credits, "prompt")
+    assert relative(step_gradient(model, forest, credits, "prompt")[0], expected) < 1e-5
+
+
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))
 def test_micro_batches_keep_every_row_within_the_limit(lengths, limit):
     rows = [SimpleNamespace(ids=np.zeros(n)) for n in lengths]
@@ -407,6 +418,17 @@ def test_gradients_are_scaled_down(make_model, batch):
     figures = policy_step(model, optimizer, *batch, max_grad_norm=1e-3)
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert figures["loss/grad_norm"] > 1e-3 and (after - before).norm().item() == pytest.approx(1e-3, rel=0.02)
+
+
+def test_dropout_is_off_in_the_step_as_it_was_in_sampling(make_model, batch):
+    model = make_model()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    before = torch.get_rng_state()
+    _, figures = step_gradient(model, *batch, "prompt")
+    assert torch.equal(torch.get_rng_state(), before) and not model.training
+    assert figures == step_gradient(make_model(), *batch, "prompt")[1]
 
 
 def test_nothing_to_learn_changes_nothing(make_model, tokenizer):

@@ -1,5 +1,7 @@
 import json
 import os
+import signal
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from echo_env import random_model
+from echo_env import EchoEnv, random_model
 
-from agents.checkpoint import list_checkpoints, load_checkpoint
+import agents.cli
+import agents.evaluate
+from agents.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from agents.cli import main
-from agents.config import EnvConfig, TrainConfig, from_dict, load_config, to_dict
+from agents.config import EnvConfig, TrainConfig, from_dict, load_config, resolve, to_dict
 from agents.models import SHIPPED, load_model
-from agents.runlog import read_jsonl
-from agents.trainer import TaskDeck, Trainer
-from allocation import TraceConfig
+from agents.policies import collect
+from agents.runlog import RunLog, read_jsonl
+from agents.trainer import TaskDeck, Trainer, batch_figures
+from allocation import TraceConfig, Tree
 
 DATA = Path(os.environ.get("TRACE_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -32,7 +37,6 @@ def folder(tokenizer, tmp_path_factory):
 def config(folder, tmp_path):
     return TrainConfig(
         env_id="Echo-v0",
-        env=EnvConfig(top_k=None, system_prompt=None),
         model=str(folder),
         trace=TraceConfig(pool_factor=2.0),
         budget=16,
@@ -50,10 +54,8 @@ def config(folder, tmp_path):
 
 def train(config, resume=False):
     trainer = Trainer(config, resume=resume)
-    try:
+    with closing(trainer):
         trainer.run()
-    finally:
-        trainer.log.close()
     return trainer
 
 
@@ -189,8 +191,112 @@ def test_resuming_a_finished_run_reports_its_gain(config):
     train(config)
     trainer = Trainer(config, resume=True)
     before, after = trainer.run()
-    trainer.log.close()
+    trainer.close()
     assert before["update"] == 0 and after["update"] == 2
+
+
+def at_evaluation(monkeypatch, number, what):
+    """Does something at the start of an evaluation; 1 is the first."""
+    real, calls = Trainer._evaluate, []
+
+    def evaluate(self):
+        calls.append(self.update)
+        if len(calls) == number:
+            what()
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+
+
+def stop_at_once():
+    raise KeyboardInterrupt
+
+
+def ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("what", [stop_at_once, ctrl_c])
+def test_a_run_stopped_in_an_evaluation_goes_on_exactly(config, monkeypatch, capsys, number, what):
+    config = replace(config, updates=3, eval_every=2, checkpoint_every=100)
+    whole = replace(config, name="whole")
+    train(whole)
+    with monkeypatch.context() as patch:
+        at_evaluation(patch, number, what)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    said = "interrupted: finishing this evaluation; its checkpoint is written; again to stop at once"
+    assert (said in " ".join(capsys.readouterr().out.split())) == (what is ctrl_c)
+    update = [0, 2, 3][number - 1]
+    assert load_checkpoint(list_checkpoints(config.directory / "checkpoints")[-1])[0] == update
+    assert [r["update"] for r in metrics(config) if "eval/accuracy" in r] == [0, 2, 3][
+        : number - (what is stop_at_once)
+    ]
+    train(config, resume=True)
+    assert metrics(config) == metrics(whole) and torch.equal(weights(config), weights(whole))
+
+
+def test_what_is_logged_of_a_task_does_not_move_the_generator(config):
+    few, many = replace(config, name="few", log_trees=0), replace(config, name="many", log_trees=9)
+    draws = EchoEnv.pick_task
+    try:
+        EchoEnv.pick_task = lambda self, rng, task_id: (rng.random(), draws(self, rng, task_id))[1]
+        train(few)
+        train(many)
+    finally:
+        EchoEnv.pick_task = draws
+    assert metrics(few) == metrics(many)
+
+
+def test_environments_and_log_are_closed_whatever_happens(config, monkeypatch):
+    opened = []
+    made, shut = EchoEnv.__init__, EchoEnv.close
+
+    def init(self, *args, **kwargs):
+        opened.append(self)
+        made(self, *args, **kwargs)
+
+    def close(self):
+        if self in opened:
+            opened.remove(self)
+        shut(self)
+
+    monkeypatch.setattr(EchoEnv, "__init__", init)
+    monkeypatch.setattr(EchoEnv, "close", close)
+    train(replace(config, updates=1))
+    assert not opened
+    with pytest.raises(FileExistsError):
+        Trainer(config)
+    assert not opened
+    with monkeypatch.context() as patch:
+        patch.setattr(agents.evaluate, "collect", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(replace(config, name="two"))
+    assert not opened
+    logs = []
+    real = RunLog.close
+    monkeypatch.setattr(RunLog, "close", lambda self: (logs.append(self), real(self))[1])
+    state = list_checkpoints(config.directory / "checkpoints")[-1] / "trainer.json"
+    record = json.loads(state.read_text())
+    del record["state"]["allocator"]
+    state.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"update-000001 does not fit the settings .*KeyError: 'allocator'"):
+        Trainer(replace(config, updates=1), resume=True)
+    assert logs and not opened
+
+
+def test_figures_of_a_batch_sum_rewards_once_a_tree(config, monkeypatch):
+    trainer = Trainer(config)
+    with closing(trainer):
+        forest = collect(trainer.envs, trainer.policy, seed=0)
+    calls = []
+    real = Tree.returns
+    monkeypatch.setattr(Tree, "returns", lambda self: (calls.append(self), real(self))[1])
+    figures = batch_figures(forest)
+    assert len(calls) == len(forest)
+    rewards = [sum(n.reward for n in t.path(leaf)) for t in forest for leaf in t.leaves("root")]
+    assert figures["train/reward"] == pytest.approx(np.mean(rewards))
 
 
 def test_a_saved_config_runs_again(config):
@@ -232,6 +338,19 @@ def one_line(capsys):
         ({"model": "/no/such/folder"}, "/no/such/folder is no model folder"),
         ({"budget": 2}, "budget 2 is smaller than one group of m_min=4"),
         ({"updates": 0}, "updates must be at least 1, got 0"),
+        ({"group_size": 0}, "group_size must be at least 1, got 0"),
+        ({"eval_per_hop": -1}, "eval_per_hop must not be negative, got -1"),
+        ({"eval_every": -1}, "eval_every must not be negative, got -1"),
+        ({"log_trees": -1}, "log_trees must not be negative, got -1"),
+        ({"lr_warmup": -1}, "lr_warmup must not be negative, got -1"),
+        ({"threads": -1}, "threads must not be negative, got -1"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive, got 0.0"),
+        ({"lr_schedule": "cosine"}, "unknown lr_schedule 'cosine'; known: linear, constant"),
+        ({"num_envs": 0}, "num_envs must be at least 1, got 0"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used here (Expected one of cpu, cuda"),
+        ({"env_id": "Ecko-v0"}, "there is no environment 'Ecko-v0'; known: TraceMultiHopQA-v0"),
+        ({"env_id": "CartPole-v1"}, "environment 'CartPole-v1' does not take argument 'split'"),
+        ({"env": {"top_k": 3}}, "environment 'Echo-v0' does not take argument 'top_k'"),
         ({"learning_rate": 1}, "unknown settings learning_rate; known: advantage_std, aggregation"),
         ({"trace": {"N": 2}}, "trace: unknown settings N; known: cap_per_rollout"),
     ],
@@ -249,6 +368,104 @@ def test_a_run_that_exists_is_not_written_over(config, tmp_path, capsys):
     assert command(config, tmp_path) == 2
     assert "already holds a run. Pass --resume" in one_line(capsys)
     assert (config.directory / "metrics.jsonl").read_bytes() == before
+
+
+def test_unknown_names_are_found_before_anything_is_loaded():
+    for name in ("allocator", "estimator", "aggregation"):
+        with pytest.raises(ValueError, match=f"unknown {name} 'x'; known: "):
+            TrainConfig(**{name: "x"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA can be used here")
+def test_cuda_where_there_is_none(config, tmp_path, capsys):
+    assert command(config, tmp_path, "--device", "cuda") == 2
+    assert "device 'cuda' cannot be used here" in one_line(capsys)
+
+
+def test_a_run_is_resumed_under_its_own_settings(config, capsys):
+    train(replace(config, updates=2, name=None))
+    assert Trainer(replace(config, name=None)).config.name == "trace-2"
+    assert main(["train", "--resume", "--runs", str(config.runs), "--name", "trace", "--updates", "3"]) == 0
+    assert load_config(config.runs / "trace" / "config.yaml") == replace(config, name="trace")
+    assert [r["update"] for r in metrics(replace(config, name="trace")) if "train/success" in r] == [1, 2, 3]
+    out = "".join(capsys.readouterr().out.split())
+    assert str(config.runs / "trace") in out, "the directory is not printed"
+    assert main(["train", "--resume", "--runs", str(config.runs), "--name", "tarce"]) == 2
+    assert "tarce is no run (no config.yaml); runs in " in one_line(capsys)
+    assert main(["train", "--resume", "--runs", str(config.runs / "none")]) == 2
+    assert "holds no run named trace*; name one with --name" in one_line(capsys)
+
+
+def test_the_first_free_name_is_taken_and_the_latest_run_resumed(config, tmp_path, capsys):
+    config = replace(config, updates=1, name=None)
+    for name in ("trace", "trace-2", "trace-3"):
+        assert command(config, tmp_path) == 0
+        assert load_config(config.runs / name / "config.yaml").name == name
+    train(replace(config, name="trace-2", updates=2), resume=True)
+    assert main(["train", "--resume", "--runs", str(config.runs), "--dry-run"]) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", "--runs", str(config.runs), "--updates", "3"]) == 0
+    assert load_config(config.runs / "trace-2" / "config.yaml").updates == 3
+    assert command(config, tmp_path, "--name", "trace-3") == 2
+    assert "trace-3 already holds a run. Pass --resume" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--allocator", "grpo"], "cannot change allocator: allocator is 'trace' in the run, 'grpo' was given"),
+        (["--env.max-turns", "3"], "cannot change env.max_turns: env.max_turns is None in the run, 3 was given"),
+        (["--seed", "1", "--model", "tiny"], "cannot change model, seed: model is '"),
+        (["--env-id", "Other-v0"], "cannot change env_id"),
+    ],
+)
+def test_what_makes_another_run_is_refused_on_resuming(config, capsys, words, message):
+    train(replace(config, updates=1))
+    before = (config.directory / "config.yaml").read_bytes()
+    assert main(["train", "--resume", "--runs", str(config.runs), "--name", "one", *words]) == 2
+    assert message in one_line(capsys)
+    assert (config.directory / "config.yaml").read_bytes() == before
+
+
+def test_a_shipped_model_brings_the_way_it_is_asked(tmp_path):
+    assert EnvConfig().kwargs() == {}
+    runs = {"runs": tmp_path, "name": "x"}
+    tiny = resolve(TrainConfig(**runs)).env
+    assert tiny.kwargs() == {"top_k": 2, "system_prompt": ""}
+    given = resolve(TrainConfig(**runs, env=EnvConfig(top_k=5))).env
+    assert given.kwargs() == {"top_k": 5, "system_prompt": ""}
+    assert resolve(TrainConfig(**runs, model="./other")).env.kwargs() == {}
+    assert resolve(TrainConfig(**runs, env_id="Echo-v0")).env.kwargs() == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-envs", "0"], "num_envs must be at least 1, got 0"),
+        (["--limit", "-3"], "limit must be at least 0, got -3"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["--temperature", "-1"], "temperature must be at least 0, got -1"),
+        (["--env-id", "TraceMultihopQA-v0"], "no environment 'TraceMultihopQA-v0'; known: TraceMultiHopQA-v0"),
+        (["--env-id", "CartPole-v1"], "environment 'CartPole-v1' does not take argument 'split'"),
+    ],
+)
+def test_mistakes_in_evaluate_end_in_one_line(capsys, words, message):
+    assert main(["evaluate", *words]) == 2
+    assert message in one_line(capsys)
+
+
+def test_evaluate_asks_a_shipped_model_as_it_was_trained(monkeypatch, capsys):
+    given = []
+
+    def evaluate(policy, env_id, kwargs, task_ids, **others):
+        given.append(kwargs)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(agents.cli, "evaluate", evaluate)
+    monkeypatch.setattr(agents.cli, "_policy", lambda args: None)
+    for words in (["--agent", "model"], ["--agent", "model", "--top-k", "4"], ["--agent", "bm25"]):
+        assert main(["evaluate", *words]) == 2
+    assert [(k.get("top_k"), k.get("system_prompt")) for k in given] == [(2, ""), (4, ""), (None, None)]
 
 
 def test_nothing_to_resume_and_no_config(config, tmp_path, capsys):
@@ -323,12 +540,20 @@ def test_the_deck_deals_every_task_before_it_deals_one_again():
     assert same[0] == same[1]
 
 
+@pytest.mark.parametrize("count", [1, 3, 5, 7, 20])
+def test_the_deck_never_deals_a_task_twice_in_one_call(count):
+    deck, rng = TaskDeck([f"t{i}" for i in range(7)]), np.random.default_rng(0)
+    for _ in range(50):
+        dealt = [r.options["task_id"] for r in deck(rng, count)]
+        assert len(dealt) == len(set(dealt)) == min(count, 7)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not SHIPPED["tiny"].is_dir(), reason="the shipped warm start is not built yet")
 def test_the_shipped_agent_is_small_and_answers_easy_questions(capsys, tmp_path):
-    size = sum(p.stat().st_size for p in SHIPPED["tiny"].iterdir())
+    size = sum(p.stat().st_size for p in SHIPPED["tiny"].rglob("*") if p.is_file())
     model, _ = load_model("tiny")
     assert size <= 4 * 2**20 and sum(p.numel() for p in model.parameters()) < 10**6
-    words = ["--agent", "model", "--top-k", "2", "--system-prompt", "", "--split", "test"]
+    words = ["--agent", "model", "--split", "test"]
     record = evaluation(capsys, tmp_path, *words)
     assert record["eval/accuracy_by_hops/1"] > 0.8 > 0.3 > record["eval/accuracy_by_hops/6"]

@@ -14,6 +14,7 @@ from allocation import (
     UniformAllocator,
     make_allocator,
 )
+from allocation.predictor import training_set
 
 
 def prompts(n):
@@ -65,12 +66,30 @@ def test_names():
     assert make_allocator("grpo", group_size=3).group_size == 3
     with pytest.raises(ValueError, match="unknown allocator 'tracy'; known: grpo, trace"):
         make_allocator("tracy")
-    with pytest.raises(ValueError, match=r"unknown root_value 'best'; known: .*posterior"):
-        TraceAllocator(DepthPredictor(), TraceConfig(root_value="best"))
     with pytest.raises(ValueError, match="group_size must be at least 1, got 0"):
         UniformAllocator(0)
-    with pytest.raises(ValueError, match="continuations must not be negative, got -1"):
-        TraceAllocator(DepthPredictor(), TraceConfig(continuations=-1))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"root_value": "best"}, r"unknown root_value 'best'; known: .*posterior"),
+        ({"prefix_mode": "flop"}, "unknown prefix_mode 'flop'; known: flip, exact, random, none"),
+        ({"prefix_belief": "hope"}, "unknown prefix_belief 'hope'; known: plug_in, posterior"),
+        ({"m_min": 1}, "need 2 <= m_min <= m_max, got m_min=1, m_max=16"),
+        ({"m_min": 8, "m_max": 4}, "need 2 <= m_min <= m_max, got m_min=8, m_max=4"),
+        ({"pool_factor": 0.0}, "pool_factor must be positive, got 0.0"),
+        ({"explore": 1.5}, r"explore must lie in \[0, 1\], got 1.5"),
+        ({"continuations": -1}, "continuations must not be negative, got -1"),
+        ({"cap_per_rollout": -1}, "cap_per_rollout must be None or not negative, got -1"),
+        ({"kappa": 0.0}, "kappa must be None or positive, got 0.0"),
+        ({"decay": 0.0}, r"decay must lie in \(0, 1\], got 0.0"),
+        ({"decay": 1.1}, r"decay must lie in \(0, 1\], got 1.1"),
+    ],
+)
+def test_settings_out_of_range_are_named_at_once(setting, message):
+    with pytest.raises(ValueError, match=message):
+        TraceConfig(**setting)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +152,25 @@ def test_the_prefix_stage_stays_inside_and_within_its_caps(outcomes, depth, budg
     assert spent.sum() == possible and (cap is None or spent.max(initial=0) <= cap)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=6),
+    st.integers(2, 5),
+    st.integers(1, 20),
+    st.sampled_from(["exact", "random"]),
+    st.sampled_from(["plug_in", "posterior"]),
+    st.integers(0, 1000),
+)
+def test_only_flip_looks_at_outcomes(outcomes, depth, budget, mode, belief, seed):
+    config = TraceConfig(prefix_mode=mode, prefix_belief=belief, cap_per_rollout=None)
+    allocator = TraceAllocator(DepthPredictor(), config)
+    seen, flipped = (
+        allocator.allocate_prefixes(finished_tree(o, depth), budget, np.random.default_rng(seed))
+        for o in (outcomes, [not x for x in outcomes])
+    )
+    assert seen == flipped
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=30), st.integers(0, 200), st.integers(0, 2**32 - 1))
 def test_prefix_budgets_sum_and_follow_the_root_counts(counts, total, seed):
@@ -176,3 +214,26 @@ def test_a_fixed_kappa_stays_and_a_free_one_moves():
         fixed.update(forest)
         free.update(forest)
     assert fixed.kappa == 7.0 and free.kappa != 4.0 and 0.5 <= free.kappa <= 100
+
+
+class Sure(DepthPredictor):
+    """Nearly certain about every anchor of a forest, and right or wrong as asked."""
+
+    def __init__(self, forest, right):
+        self.predicted = [0.99 if (value > 0.5) == right else 0.01 for _, _, value, _ in training_set(forest)]
+
+    def predict(self, anchors):
+        return np.array(self.predicted)
+
+
+def test_kappa_shrinks_while_predictions_do_not_beat_the_running_mean():
+    forest = run(TreeAllocationWrapper(bit_vector(4), allocator=UniformAllocator(8), budget=48), seed=0)
+    wrong, fixed = (TraceAllocator(Sure(forest, False), TraceConfig(kappa=k)) for k in (None, 4.0))
+    kappas = []
+    for _ in range(5):
+        assert wrong.update(forest)["predictor/skill"] < 0
+        fixed.update(forest)
+        kappas.append(wrong.kappa)
+    assert kappas == [2.0, 1.0, 0.5, 0.5, 0.5] and fixed.kappa == 4.0
+    right = TraceAllocator(Sure(forest, True), TraceConfig())
+    assert right.update(forest)["predictor/skill"] > 0 and right.kappa != 2.0

@@ -32,6 +32,18 @@ def test_lazy_decay_equals_decaying_every_count(events, decay):
     np.testing.assert_allclose(beliefs.counts("a"), (s, f), rtol=1e-9)
 
 
+def test_keys_whose_counts_have_faded_are_forgotten():
+    beliefs = BetaBeliefs(decay=0.5)
+    for clock in range(200):
+        beliefs.update(f"prompt {clock}", 1, 0)
+        beliefs.update("every time", 1, 3)
+        beliefs.decay()
+    # Twenty updates fade a count below a millionth; keys are looked through every 50 updates.
+    assert len(beliefs) <= 71 and beliefs.counts("prompt 0") == (0.0, 0.0)
+    assert beliefs.last_sampled(["prompt 0", "prompt 199", "every time"]).tolist() == [-1, 199, 199]
+    assert beliefs.counts("every time")[1] == pytest.approx(3.0)
+
+
 def test_certain_predictions_are_clipped_and_bad_ones_are_named():
     beliefs = BetaBeliefs(epsilon=0.01)
     alpha, beta = beliefs.belief(["a", "b"], [0.0, 1.0], 2.0)

@@ -47,6 +47,7 @@ def test_brier_and_its_skill():
     assert brier_skill(1 - outcome, outcome) < 0
     assert brier_skill([0.5, 0.5], [1, 0], reference=[0.0, 0.0]) == pytest.approx(0.5)
     assert math.isnan(brier_skill([0.5], [1], reference=[1.0]))
+    assert brier_skill([1.0, 1.0], [1, 0], reference=[0.5, 0.5], weights=[3, 1]) == pytest.approx(1 - 0.25 / 0.25)
 
 
 def test_the_running_mean_does_not_look_ahead():

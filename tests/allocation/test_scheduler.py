@@ -24,6 +24,23 @@ class Recorder:
         self.asked.append(tree.index)
         return [(tree.root.children[0], budget)]
 
+    def max_rollouts(self, tree):
+        return None
+
+
+class NoPrefixes(Recorder):
+    """Finds no prefix worth a continuation."""
+
+    def __init__(self, budgets, most):
+        super().__init__(budgets)
+        self.most = most
+
+    def allocate_prefixes(self, tree, budget, rng):
+        return []
+
+    def max_rollouts(self, tree):
+        return self.most
+
 
 def make_forest(n):
     return Forest([Tree(f"t{i}", i, "prompt") for i in range(n)])
@@ -57,13 +74,15 @@ def test_every_job_is_handed_out_once_and_prefixes_are_planned_when_the_last_roo
         job.tree.add(node, job.rollout, job.origin, terminated=True, is_correct=True)
         before = list(allocator.asked)
         scheduler.finished(job)
+        left = sum(other.tree is job.tree for other in running) or len(job.tree.leaves()) < job.tree.num_rollouts
+        assert job.tree.finished == (not left)
         last = job.origin == "root" and open_roots[job.tree.index] == 0 and budgets[job.tree.index] > 0
         assert allocator.asked == before + ([job.tree.index] if last else [])
     assert not running and scheduler.next() is None
     for tree, m, k in zip(forest, counts, budgets, strict=True):
         mine = [job for job in seen if job.tree is tree]
         assert sorted(job.rollout for job in mine) == list(range(m + k)) and tree.num_rollouts == m + k
-        assert sum(job.origin == "root" for job in mine) == m == tree.budget_roots
+        assert sum(job.origin == "root" for job in mine) == m and tree.finished
 
 
 def test_continuations_go_before_root_rollouts():
@@ -74,6 +93,29 @@ def test_continuations_go_before_root_rollouts():
     job.tree.add(node, job.rollout, "root", terminated=True)
     scheduler.finished(job)
     assert [scheduler.next().origin for _ in range(5)] == ["continuation", "continuation", "root", "root", "root"]
+
+
+@pytest.mark.parametrize(("most", "leftover"), [(None, 5), (16, 5), (6, 3), (3, 0), (1, 0)])
+def test_leftover_continuations_become_root_rollouts_up_to_the_bound(most, leftover):
+    forest = make_forest(1)
+    scheduler = Scheduler(NoPrefixes([5], most), forest, [3], 5, np.random.default_rng(0))
+    jobs = 0
+    while (job := scheduler.next()) is not None:
+        assert job.origin == "root" and not forest.trees[0].finished
+        job.tree.add(job.tree.root, job.rollout, "root", terminated=True)
+        scheduler.finished(job)
+        jobs += 1
+    assert jobs == 3 + leftover and scheduler.done and forest.trees[0].finished
+    assert (forest.ledger.leftover_roots, forest.ledger.unspent) == (leftover, 5 - leftover)
+
+
+def test_trace_keeps_leftovers_within_m_max():
+    # One turn an episode: there are no inner prefixes, so every continuation is left over.
+    config = TraceConfig(m_max=5, continuations=1.0)
+    vector = bit_vector(4, turns=1)
+    ledger = run(TreeAllocationWrapper(vector, allocator=TraceAllocator(DepthPredictor(), config), budget=24)).ledger
+    assert ledger.continuations == 0 and ledger.root_rollouts == 12 + ledger.leftover_roots
+    assert ledger.root_rollouts + ledger.unspent == 24 and ledger.leftover_roots <= 3 and ledger.unspent >= 9
 
 
 def test_trees_and_counts_must_match():
@@ -99,7 +141,7 @@ def test_the_budget_is_spent_exactly(budget, num_envs, continuations, mode, seed
     if mode == "none" or continuations == 0:
         assert ledger.continuations == 0
     for tree in forest:
-        assert len(tree.leaves("root")) == tree.budget_roots >= 4
+        assert len(tree.leaves("root")) >= 4 and tree.finished
         ends = [n.rollout for n in tree.leaves()]
         assert sorted(ends) == list(range(tree.num_rollouts)) and len(ends) == len(set(ends))
 
@@ -114,12 +156,16 @@ def test_uniform_groups_spend_the_budget_too(num_envs, budget):
 
 
 def test_the_wrapper_plans_a_prompts_prefixes_after_all_its_root_rollouts(monkeypatch):
-    asked = []
+    asked, planned = [], []
 
     class Spy(TraceAllocator):
+        def prefix_budgets(self, root_counts, total, rng):
+            planned.extend(root_counts)
+            return super().prefix_budgets(root_counts, total, rng)
+
         def allocate_prefixes(self, tree, budget, rng):
-            assert len(tree.leaves("root")) == tree.budget_roots and not tree.leaves("continuation")
-            asked.append((tree.index, sum(len(t.leaves("root")) < t.budget_roots for t in envs.forest)))
+            assert len(tree.leaves("root")) == planned[tree.index] and not tree.leaves("continuation")
+            asked.append((tree.index, sum(len(t.leaves("root")) < planned[t.index] for t in envs.forest)))
             return super().allocate_prefixes(tree, budget, rng)
 
     finished = []

@@ -148,6 +148,6 @@ def test_dropping_snapshots_keeps_the_rest():
     tree = Tree("q", 0, "prompt")
     node = tree.add(tree.root, 0, "root", snapshot=object(), info={"x": 1}, observation="seen")
     tree.root.snapshot = object()
-    Forest([tree]).drop_snapshots()
+    tree.drop_snapshots()
     assert all(n.snapshot is None and n.info is None for n in tree.nodes)
     assert node.observation == "seen" and tree.root.observation == "prompt"

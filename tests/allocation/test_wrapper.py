@@ -4,7 +4,7 @@ import pytest
 from bit_env import BitEnv, DepthPredictor, bit_vector, follow_hints, run, shape
 
 from agents.policies import ScriptedPolicy, collect
-from allocation import Root, TraceAllocator, TraceConfig, TreeAllocationWrapper, UniformAllocator
+from allocation import Root, Sample, TraceAllocator, TraceConfig, TreeAllocationWrapper, UniformAllocator
 from trace_envs.multihop_qa.oracle import oracle_action
 from trace_envs.snapshots import SnapshotUnsupportedError
 from trace_envs.state import FinalAnswer, ToolCall
@@ -221,6 +221,35 @@ def test_snapshots_are_dropped_at_the_end_unless_kept():
     assert all(n.snapshot is None and n.info is None for t in run(wrapped()) for n in t.nodes)
     kept = run(wrapped(keep_snapshots=True))
     assert all((n.snapshot is None) == n.terminal for t in kept for n in t.nodes)
+
+
+def test_a_finished_tree_gives_up_its_snapshots_while_others_go_on():
+    envs, rng, early = wrapped(2), np.random.default_rng(0), 0
+    obs, _ = envs.reset(seed=0)
+    while envs.active.any():
+        obs, *_ = envs.step(follow_hints(obs, rng))
+        for tree in envs.forest:
+            if tree.finished:
+                assert all(n.snapshot is None and n.info is None for n in tree.nodes)
+                early += bool(envs.active.any())
+            else:
+                assert tree.root.snapshot is not None
+    assert early > 0 and all(t.finished for t in envs.forest)
+
+
+def test_a_context_that_did_not_fit_is_not_counted_as_reused():
+    def sample(actions, prefilled, context=10):
+        ids = np.arange(actions)
+        return Sample("0", ids, ids.astype(np.float32), np.arange(context), prefilled=prefilled)
+
+    envs = wrapped(1, budget=1, allocator=UniformAllocator(1), turns=6, noise=0.0)
+    obs, _ = envs.reset(seed=0)
+    ledger = envs.forest.ledger
+    follow = np.random.default_rng(0)
+    for given, cached in [(sample(4, 10), 0), (sample(3, 8), 16), (sample(0, 0), 16), (sample(1, 0), 16 + 47)]:
+        obs, *_ = envs.step(follow_hints(obs, follow), [given])
+        assert ledger.cached_tokens == cached
+    assert ledger.generated_tokens == 8 and ledger.prefilled_tokens == 18
 
 
 def test_wrong_use_is_named():

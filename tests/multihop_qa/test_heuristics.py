@@ -1,8 +1,5 @@
 """The scripted bm25 agent: bounded, blind to the answer, and right now and then."""
 
-import os
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +9,6 @@ from trace_envs.multihop_qa.metrics import exact_match
 from trace_envs.multihop_qa.readers import load_dataset
 from trace_envs.multihop_qa.retrieval import format_passages, make_retriever
 from trace_envs.state import FinalAnswer, FormatError, ToolCall, Turn
-
-DATA = Path(os.environ.get("TRACE_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 
 
 def searched(query, observation, error=False):
@@ -78,9 +73,8 @@ def test_any_text_gets_an_action_within_the_bound(question, found):
 
 
 @pytest.mark.data
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA}; set TRACE_DATA_DIR")
-def test_hotpotqa_is_answered_now_and_then():
-    data = load_dataset("hotpotqa", data_path=DATA / "hotpotqa" / "hotpotqa_train_200.jsonl")
+def test_hotpotqa_is_answered_now_and_then(data_dir):
+    data = load_dataset("hotpotqa", data_path=data_dir / "hotpotqa" / "hotpotqa_train_200.jsonl")
     index = make_retriever("bm25", [f"{p.title} {p.text}" for p in data.passages])
     right = 0
     for task in data.tasks:

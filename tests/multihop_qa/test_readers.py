@@ -1,18 +1,13 @@
 """Readers: the public formats as they come, and one clear sentence for what does not fit them."""
 
 import json
-import os
 import sys
 import types
-from pathlib import Path
 
 import pytest
 
 from trace_envs.multihop_qa.data import Passage
 from trace_envs.multihop_qa.readers import READERS, DataFormatError, load_dataset
-
-DATA = Path(os.environ.get("TRACE_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
-real = [pytest.mark.data, pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA}; set TRACE_DATA_DIR")]
 
 HOTPOT = {
     "_id": "h1",
@@ -51,7 +46,7 @@ def write(path, content, form="list"):
 @pytest.mark.parametrize(
     ("name", "file", "corpus", "questions", "passages"),
     [
-        pytest.param(*row, marks=real)
+        pytest.param(*row, marks=pytest.mark.data)
         for row in (
             ("hotpotqa", "hotpotqa/hotpotqa_train.json", None, 100, 994),
             ("hotpotqa", "hotpotqa/hotpotqa_train.json", "hotpotqa/hotpotqa_train_corpus.json", 100, 994),
@@ -69,8 +64,8 @@ def write(path, content, form="list"):
         )
     ],
 )
-def test_real_files(name, file, corpus, questions, passages):
-    data = load_dataset(name, data_path=DATA / file, corpus_path=corpus and DATA / corpus)
+def test_real_files(data_dir, name, file, corpus, questions, passages):
+    data = load_dataset(name, data_path=data_dir / file, corpus_path=corpus and data_dir / corpus)
     assert (len(data.tasks), len(data.passages)) == (questions, passages)
     titles = {passage.title for passage in data.passages}
     for task in data.tasks:
@@ -80,9 +75,8 @@ def test_real_files(name, file, corpus, questions, passages):
 
 
 @pytest.mark.data
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA}; set TRACE_DATA_DIR")
-def test_a_pooled_hotpotqa_corpus_is_the_corpus_file():
-    file = DATA / "hotpotqa" / "hotpotqa_train.json"
+def test_a_pooled_hotpotqa_corpus_is_the_corpus_file(data_dir):
+    file = data_dir / "hotpotqa" / "hotpotqa_train.json"
     pooled = load_dataset("hotpotqa", data_path=file)
     read = load_dataset("hotpotqa", data_path=file, corpus_path=file.with_name("hotpotqa_train_corpus.json"))
     assert set(pooled.passages) == set(read.passages)

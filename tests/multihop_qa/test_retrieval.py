@@ -2,11 +2,9 @@
 
 import copy
 import json
-import os
 import pickle
 import threading
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from trace_envs.multihop_qa import retrieval
 from trace_envs.multihop_qa.data import Passage
 from trace_envs.multihop_qa.retrieval import BM25Index, format_passages, make_retriever, tokenize
 
-DATA = Path(os.environ.get("TRACE_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 WORDS = [f"w{i}" for i in range(12)]
 
 
@@ -217,9 +214,8 @@ def test_format_passages():
 
 
 @pytest.mark.data
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA}; set TRACE_DATA_DIR")
-def test_equals_rank_bm25_on_real_passages():
-    folder = DATA / "musique"
+def test_equals_rank_bm25_on_real_passages(data_dir):
+    folder = data_dir / "musique"
     passages = json.loads((folder / "musique_train_corpus.json").read_text(encoding="utf-8"))
     texts = [f"{passage['title']} {passage['text']}" for passage in passages]
     tokens = [tokenize(text) for text in texts]
