@@ -114,10 +114,10 @@ class TrainConfig:
     advantage_std: bool = False
     aggregation: str = "prompt"
     budget: int = 128
-    updates: int = 90
+    updates: int = 110
     epochs: int = 1
     lr: float = 1.5e-4
-    gain_lr: float = 7e-3
+    gain_lr: float = 2e-2
     lr_warmup: int = 5
     lr_schedule: str = "linear"
     weight_decay: float = 0.0
