@@ -556,4 +556,5 @@ def test_the_shipped_agent_is_small_and_answers_easy_questions(capsys, tmp_path)
     assert size <= 4 * 2**20 and sum(p.numel() for p in model.parameters()) < 10**6
     words = ["--agent", "model", "--split", "test"]
     record = evaluation(capsys, tmp_path, *words)
-    assert record["eval/accuracy_by_hops/1"] > 0.8 > 0.3 > record["eval/accuracy_by_hops/6"]
+    # Most one-hop questions and few six-hop ones: success is spread widely, which is what there is to allocate by.
+    assert record["eval/accuracy_by_hops/1"] > 0.55 > 0.2 > record["eval/accuracy_by_hops/6"]
