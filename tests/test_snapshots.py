@@ -505,3 +505,36 @@ def test_wrapped_environments_are_forked_from_inside():
     with pytest.raises(SnapshotUnsupportedError, match=r"env\.unwrapped"):
         trace_envs.fork(env)
     assert trace_envs.fork(env.unwrapped).state is env.unwrapped.state
+
+
+class CountToThree(gym.Env):
+    """Counts to three; its snapshots are plain integers."""
+
+    observation_space = gym.spaces.Discrete(4)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return 0, {}
+
+    def step(self, action):
+        self.count += 1
+        return self.count, float(action), self.count == 3, False, {}
+
+    def snapshot(self):
+        return self.count
+
+    def restore(self, snapshot, *, seed=None):
+        self.count = snapshot
+
+
+def test_an_environment_may_have_snapshots_of_its_own_kind():
+    env = gym.wrappers.TimeLimit(CountToThree(), 5)
+    env.reset(seed=0)
+    env.step(1)
+    moment = trace_envs.snapshot(env)
+    env.step(1)
+    trace_envs.restore(env, moment)
+    assert env.unwrapped.count == 1 and env._elapsed_steps == 1
+    assert env.step(0)[0] == 2

@@ -108,6 +108,13 @@ def _wrapper_state(wrapper: gym.Wrapper) -> tuple[str, dict[str, Any]]:
     return name, {attribute: copy.copy(getattr(wrapper, attribute)) for attribute in _WRAPPER_STATE[name]}
 
 
+@dataclass(frozen=True, slots=True)
+class _Foreign:
+    """What the `snapshot()` of an environment returned that has a kind of its own; it must be a value."""
+
+    value: Any
+
+
 def snapshot(env: gym.Env) -> EnvSnapshot:
     """Snapshots an environment through its whole stack of wrappers.
 
@@ -121,6 +128,10 @@ def snapshot(env: gym.Env) -> EnvSnapshot:
             f"(see trace_envs.snapshots.Snapshotable)"
         )
     taken = inner.snapshot()
+    if not isinstance(taken, EnvSnapshot):
+        # An environment's own kind of snapshot travels as it is.
+        name = inner.spec.id if inner.spec is not None else type(inner).__name__
+        taken = EnvSnapshot(name, 0, _Foreign(taken))
     if not wrappers:
         return taken
     return replace(taken, wrappers=tuple(map(_wrapper_state, wrappers)))
@@ -148,7 +159,7 @@ def restore(env: gym.Env, taken: EnvSnapshot, *, seed: int | None = None) -> Non
             f"the snapshot was taken through the wrappers {expected or 'none'}, this environment has {names or 'none'}; "
             f"take and restore it at the same level (env.unwrapped on both sides leaves wrappers alone)"
         )
-    inner.restore(taken, seed=seed)
+    inner.restore(taken.payload.value if isinstance(taken.payload, _Foreign) else taken, seed=seed)
     for wrapper, (_, attributes) in zip(wrappers, taken.wrappers, strict=True):
         for name, value in attributes.items():
             setattr(wrapper, name, copy.copy(value))
