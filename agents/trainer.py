@@ -279,7 +279,7 @@ class Trainer:
 
     def _task_record(self, key: str) -> dict[str, Any]:
         # A generator of its own: what is logged must not move the one that training draws from.
-        task = self.envs._envs[0].unwrapped.pick_task(np.random.default_rng(0), key)  # type: ignore[attr-defined]
+        task = self.envs.envs.envs[0].unwrapped.pick_task(np.random.default_rng(0), key)  # type: ignore[attr-defined]
         return {"question": task.prompt, "answers": list(getattr(task, "answers", ()))}
 
     # State.

@@ -247,6 +247,7 @@ class TraceAllocator:
         inner = [n for n in tree.nodes if n.depth > 0 and not n.terminal and n.origin == "root" and n.children]
         if not inner:
             return []
+        inner.sort(key=lambda n: (n.rollout, n.depth))  # ties must not depend on which rollout came first to its turn
         ids = [n.id for n in inner]
         predicted = self._predict(tree, ids)
         for node, value in zip(inner, predicted, strict=True):

@@ -39,7 +39,7 @@ class Scheduler:
         forest: Holds the trees, one for each prompt that was given root rollouts.
         root_counts: Root rollouts for each tree of the forest, at least one each.
         continuations: Continuations to spend on all trees together.
-        rng: Generator for ties and for the fractional part of continuation budgets.
+        rng: Generator for the fractional part of continuation budgets; seeds those that break ties among prefixes.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class Scheduler:
         if len(root_counts) != len(forest.trees):
             raise ValueError(f"{len(forest.trees)} trees but {len(root_counts)} root counts")
         self._allocator = allocator
-        self._rng = rng
         self._roots: deque[Job] = deque()
         self._continuations: deque[Job] = deque()
         self._pending = 0
@@ -62,6 +61,8 @@ class Scheduler:
         self._open = dict(self._open_roots)
         self._ledger = forest.ledger
         self._prefix_budgets = allocator.prefix_budgets(np.asarray(root_counts), continuations, rng)
+        # A generator for each tree: what is planned must not depend on which prompt is finished first.
+        self._entropy = int(rng.integers(2**63 - 1))
         for tree, count in zip(forest.trees, root_counts, strict=True):
             for _ in range(int(count)):
                 self._roots.append(self._job(tree, tree.root, "root"))
@@ -97,7 +98,8 @@ class Scheduler:
             return
         self._prefix_budgets[tree.index] = 0
         self._open[tree.index] += budget
-        for node_id, count in self._allocator.allocate_prefixes(tree, budget, self._rng):
+        rng = np.random.default_rng([self._entropy, tree.index])
+        for node_id, count in self._allocator.allocate_prefixes(tree, budget, rng):
             budget -= count
             self._continuations.extend(self._job(tree, tree.nodes[node_id], "continuation") for _ in range(count))
         most = self._allocator.max_rollouts(tree)

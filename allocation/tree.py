@@ -56,7 +56,7 @@ class Node:
         depth: Number of turns taken.
         origin: Whether a root rollout or a continuation made the edge into this node.
         rollout: Number of the rollout (within the tree) that made it; -1 at the root.
-        action: The text of the turn.
+        action: The action of the turn, as the environment was given it (text for the environments of this package).
         observation: What the environment answered (the prompt at the root).
         sample: Token ids and log-probs of the turn; `None` at the root and for policies without tokens.
         context_ids: Tokens shown after this node's action and before the next, shared by every action sampled here.
@@ -78,7 +78,7 @@ class Node:
     depth: int
     origin: Origin
     rollout: int
-    action: str = ""
+    action: Any = ""
     observation: Any = ""
     sample: Sample | None = None
     context_ids: np.ndarray | None = None
@@ -250,7 +250,7 @@ def tree_record(tree: Tree, advantages: np.ndarray | None = None) -> dict[str, A
             "depth": n.depth,
             "origin": n.origin,
             "rollout": n.rollout,
-            "action": n.action,
+            "action": n.action if isinstance(n.action, str) else repr(n.action),
             "observation": n.observation if isinstance(n.observation, str) else repr(n.observation),
             "predicted": number(n.predicted),
             "value": number(values[n.id]),

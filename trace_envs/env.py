@@ -17,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 
 from trace_envs.actions import get_format
-from trace_envs.snapshots import SCHEMA_VERSION, EnvSnapshot
+from trace_envs.snapshots.record import SCHEMA_VERSION, EnvSnapshot
 from trace_envs.spaces import DEFAULT_MAX_LENGTH, UnicodeText
 from trace_envs.state import Action, EpisodeState, FinalAnswer, FormatError, History, Outcome, Task, ToolCall, Turn
 

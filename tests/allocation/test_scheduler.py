@@ -4,7 +4,7 @@ from bit_env import BitEnv, DepthPredictor, bit_vector, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import allocation.wrapper
+import allocation.collection
 from allocation import Forest, TraceAllocator, TraceConfig, Tree, TreeAllocationWrapper, UniformAllocator
 from allocation.scheduler import Scheduler
 
@@ -170,7 +170,7 @@ def test_the_wrapper_plans_a_prompts_prefixes_after_all_its_root_rollouts(monkey
 
     finished = []
     monkeypatch.setattr(
-        allocation.wrapper.Scheduler,
+        allocation.collection.Scheduler,
         "finished",
         lambda self, job, real=Scheduler.finished: (finished.append(job), real(self, job)),
     )
