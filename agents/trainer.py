@@ -25,7 +25,7 @@ from agents.losses import Clip
 from agents.models import load_model
 from agents.policies import TransformersPolicy, collect
 from agents.runlog import CONFIG, RunLog, read_jsonl
-from allocation import Forest, HiddenStatePredictor, Ledger, Root, TreeAllocationWrapper, make_allocator
+from allocation import Forest, HiddenStatePredictor, Ledger, Root, Tree, TreeAllocationWrapper, make_allocator
 from allocation.tree import tree_record
 
 
@@ -197,9 +197,7 @@ class Trainer:
         end = time.perf_counter()
         record |= {"time/rollout": rolled - start, "time/update": learned - rolled, "time/predictor": end - learned}
         for tree, credit in list(zip(forest, credits, strict=True))[: self.config.log_trees]:
-            self.log.log_tree(
-                {"update": self.update, **self._task_record(tree.key), **tree_record(tree, credit.advantage)}
-            )
+            self.log.log_tree({"update": self.update, **_task_record(tree), **tree_record(tree, credit.advantage)})
         return record
 
     def run(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -277,11 +275,6 @@ class Trainer:
         self.log.log(record)
         return record
 
-    def _task_record(self, key: str) -> dict[str, Any]:
-        # A generator of its own: what is logged must not move the one that training draws from.
-        task = self.envs.envs.envs[0].unwrapped.pick_task(np.random.default_rng(0), key)  # type: ignore[attr-defined]
-        return {"question": task.prompt, "answers": list(getattr(task, "answers", ()))}
-
     # State.
 
     def state_dict(self) -> dict[str, Any]:
@@ -338,6 +331,11 @@ class Trainer:
                 f"({type(error).__name__}: {error}); resume with the settings in {self.config.directory / CONFIG}"
             ) from error
         self.log.truncate_after(self.update)
+
+
+def _task_record(tree: Tree) -> dict[str, Any]:
+    """Returns what the log of trees says of a task: as its episode was opened, in whichever process that was."""
+    return {"question": tree.root.observation, "answers": list(tree.info.get("answers", ()))}
 
 
 def eval_task_ids(env_id: str, env_kwargs: dict[str, Any], per_hop: int) -> list[str]:

@@ -1,10 +1,10 @@
 """Where a sampling budget goes: trees of rollouts, allocators, and the wrapper that collects them."""
 
 from allocation.allocators import ALLOCATORS, TraceAllocator, TraceConfig, UniformAllocator, make_allocator
-from allocation.collection import Context, Root
+from allocation.collection import Context
 from allocation.ledger import Ledger
 from allocation.predictor import HiddenStatePredictor, MeanPredictor, Predictor
-from allocation.tree import Forest, Node, Sample, Tree
+from allocation.tree import Forest, Node, Root, Sample, Tree
 from allocation.wrapper import TreeAllocationWrapper
 
 __all__ = [

@@ -48,7 +48,11 @@ class Allocator(Protocol):
         ...
 
     def allocate_prefixes(self, tree: Tree, budget: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-        """Returns (node id, continuations) for the prefixes of a tree whose root rollouts are finished."""
+        """Returns (node id, continuations) for the prefixes of a tree whose root rollouts are finished.
+
+        It is asked once for each tree with a budget of continuations, before any of them begins. So an anchor is always a
+        node of a root rollout; drivers rely on it, and take snapshots nowhere else (`Collection.wanted`).
+        """
         ...
 
     def max_rollouts(self, tree: Tree) -> int | None:

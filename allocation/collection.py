@@ -9,26 +9,20 @@ randomness of a rollout is a function of the collection's seed, its tree and its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
 from allocation.allocators import Allocator
+from allocation.batching import IMMUTABLE, value
 from allocation.scheduler import Job, Scheduler
-from allocation.tree import Forest, Node, Sample, Tree
+from allocation.tree import Forest, Node, Root, Sample, Tree
 from trace_envs.slots import Result, Slots
 
 MAX_SEED = 2**31 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Root:
-    """How to start an episode on one prompt: the arguments of `reset`."""
-
-    seed: int
-    options: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,23 +50,58 @@ Success = Callable[[float, dict[str, Any]], bool]
 
 @dataclass(slots=True)
 class Rollout:
-    """A job under way in a slot, and where it has got to."""
+    """A job under way in a slot, the seed of what is random in it, and where it has got to since the episode began."""
 
     slot: int
     job: Job
+    seed: int
     node: Node
     observation: Any
     info: dict[str, Any]
+    total_reward: float = 0.0
 
     @property
     def context(self) -> Context:
         """What a policy has to act on."""
         return Context(self.slot, self.job.tree, self.node, self.observation, self.info)
 
+    @property
+    def where(self) -> str:
+        """Where it stands, in words, for the note on an exception."""
+        node = self.node
+        return f"tree {self.job.tree.key!r}, node {node.id} (turn {node.depth}), rollout {self.job.rollout}"
+
 
 def random_seeds(rng: np.random.Generator, count: int) -> list[Root]:
     """The default source of prompts: a seed each, which for any environment is a way to start an episode."""
     return [Root(int(s)) for s in rng.integers(MAX_SEED, size=count)]
+
+
+def rollout_seed(entropy: int, tree: int, rollout: int) -> int:
+    """Returns the seed of a rollout: a function of the collection, the tree's index and the rollout's number."""
+    # A hash, not a generator: making a generator takes longer than a step of a small environment.
+    digest = blake2b(f"{entropy} {tree} {rollout}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % MAX_SEED
+
+
+class noted:
+    """A `with` that adds to an exception where in the forest it came from.
+
+    Args:
+        where: Called if there is one.
+    """
+
+    __slots__ = ("_where",)
+
+    def __init__(self, where: Callable[[], str]):
+        self._where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            error.add_note(self._where())
 
 
 def default_success(total_reward: float, info: dict[str, Any]) -> bool:
@@ -111,7 +140,7 @@ class Collection:
         success: Success = default_success,
         keep_snapshots: bool = False,
     ):
-        self.forest = Forest()
+        self.forest = Forest(slots=slots)
         self._slots = slots
         self._allocator = allocator
         self._budget = budget
@@ -120,20 +149,22 @@ class Collection:
         self._keep = keep_snapshots
         self._entropy = int(rng.integers(MAX_SEED))
         self._scheduler: Scheduler | None = None
+        self._closed = False
         self._replayed = slots.replayed_turns()
 
-    def open(self, candidates: Sequence[Root], encode: Encode | None = None) -> None:
-        """Opens the candidates in the first slot, one after the other, and runs the root stage.
+    def open(self, candidates: Sequence[Root], encode: Encode | None = None, slot: int = 0) -> None:
+        """Opens the candidates in one slot, one after the other, and runs the root stage.
 
         Args:
             candidates: The prompts to choose from.
             encode: Returns the candidates' hidden states, float32 [n, d], and the number of tokens computed for them.
+            slot: Where.
         """
         if not candidates:
             raise ValueError("no candidate prompt: the source of roots returned an empty list")
         ledger = self.forest.ledger
         root_budget = self._allocator.root_budget(self._budget)
-        opened = [self._open(root) for root in candidates]
+        opened = [self._open(root, slot) for root in candidates]
         trees = [context.tree for context in opened]
         if encode is not None:
             with ledger.timed("encode"):
@@ -150,78 +181,126 @@ class Collection:
         rest = self._budget - root_budget
         self._scheduler = Scheduler(self._allocator, self.forest, [m for _, m in chosen], rest, self._rng)
 
-    def _open(self, root: Root) -> Context:
-        opened = self._slots.open(0, root.seed, root.options)
+    def close(self) -> None:
+        """Lets `open` go no further: for a driver that leaves a thread behind in it."""
+        self._closed = True
+
+    def _open(self, root: Root, slot: int) -> Context:
+        if self._closed:
+            raise RuntimeError("the collection was closed while its candidates were opened")
+        with noted(lambda: f"opening a prompt by reset(seed={root.seed}, options={root.options})"):
+            opened = self._slots.open(slot, root.seed, root.options)
         known = {"seed": root.seed, **opened.facts}
-        tree = Tree(str(opened.info.get("task_id", root.seed)), -1, opened.observation, known)
+        key = str(opened.info.get("task_id", root.seed))
+        tree = Tree(key, -1, opened.observation, known, start=root, carried=opened.carried)
         tree.root.snapshot, tree.root.info = opened.snapshot, opened.info
-        return Context(0, tree, tree.root, opened.observation, opened.info)
+        return Context(slot, tree, tree.root, opened.observation, opened.info)
 
     @property
     def done(self) -> bool:
         """Whether all work is finished."""
         return self._scheduler is not None and self._scheduler.done
 
+    def wanted(self, rollout: Rollout) -> bool:
+        """Returns whether the moments of a rollout have to be kept; it does not change while the rollout lasts.
+
+        A prompt's anchors are chosen once, when the last of its root rollouts is finished (`Allocator.allocate_prefixes`).
+        So none lies on a continuation, on a root rollout that was added afterwards, or in a tree without a budget of
+        continuations, as every tree is where the allocator spends all of the budget on roots.
+        """
+        assert self._scheduler is not None
+        return self._keep or self._scheduler.will_branch(rollout.job.tree)
+
     def next(self, slot: int) -> Rollout | None:
         """Sends a free slot to the next anchor; `None` if there is no work now (more may come as rollouts finish)."""
+        rollout = self.take(slot)
+        if rollout is not None:
+            with self.forest.ledger.timed("restore"), noted(lambda: f"on the way back to {rollout.where}"):
+                self._slots.restore(slot, rollout.node.snapshot, rollout.seed)
+        return rollout
+
+    def take(self, slot: int) -> Rollout | None:
+        """Does what `next` does but leaves it to the driver to restore the slot to `rollout.node` with `rollout.seed`."""
         assert self._scheduler is not None
         job = self._scheduler.next()
         if job is None:
             return None
-        ledger = self.forest.ledger
-        seed = int(np.random.default_rng([self._entropy, job.tree.index, job.rollout]).integers(MAX_SEED))
-        with ledger.timed("restore"):
-            self._slots.restore(slot, job.node.snapshot, seed)
+        ledger, tree, node = self.forest.ledger, job.tree, job.node
+        seed = rollout_seed(self._entropy, tree.index, job.rollout)
+        tree.rollout_seeds.extend([None] * (tree.num_rollouts - len(tree.rollout_seeds)))
+        tree.rollout_seeds[job.rollout] = seed
         ledger.restores += 1
         if job.origin == "root":
             ledger.root_rollouts += 1
         else:
             ledger.continuations += 1
-        return Rollout(slot, job, job.node, job.node.observation, job.node.info or {})
+        return Rollout(slot, job, seed, node, node.observation, node.info or {}, sum(n.reward for n in tree.path(node)))
 
     def record(self, rollout: Rollout, action: Any, sample: Sample | None, result: Result) -> bool:
         """Adds the edge that a step made and moves the rollout on; returns whether the rollout is over."""
-        tree, parent, ledger = rollout.job.tree, rollout.node, self.forest.ledger
-        observation, reward, terminated, truncated, info, taken = result
-        over = terminated or truncated
-        ledger.environment_turns += 1
-        ledger.tool_calls += int(info.get("tool_calls", 0)) - int(rollout.info.get("tool_calls", 0))
-        if sample is not None:
-            if parent.context_ids is None:
-                parent.context_ids, parent.features = sample.context_ids, sample.features
-            ledger.generated_tokens += len(sample.action_ids)
-            ledger.prefilled_tokens += sample.prefilled
-            if len(sample.action_ids) or sample.prefilled:  # neither: the context did not fit, so nothing was reused
-                ledger.cached_tokens += sum(n.num_tokens for n in tree.path(parent)) - sample.prefilled
-        node = tree.add(
-            parent,
-            rollout.job.rollout,
-            rollout.job.origin,
-            action=action,
-            observation=observation,
-            sample=sample,
-            snapshot=taken,
-            info=None if over else info,
-            reward=reward,
-            terminated=terminated,
-            truncated=truncated,
-            tool_errors=int(info.get("tool_errors", 0)),
-            tool_error=bool(info.get("tool_error", False)),
-        )
-        rollout.node, rollout.observation, rollout.info = node, observation, info
-        if over:
-            node.is_correct = self._success(sum(n.reward for n in tree.path(node)), info)
-            node.components = info.get("reward_components")
-            self._finish(rollout.job)
-        return over
+        return bool(self.record_all([(rollout, action, sample, result)]))
+
+    def record_all(self, steps: Iterable[tuple[Rollout, Any, Sample | None, Result]]) -> list[Rollout]:
+        """Adds the edges that steps made and moves their rollouts on; returns the rollouts that are over."""
+        ledger, ended = self.forest.ledger, []
+        for rollout, action, sample, (observation, reward, terminated, truncated, info, taken) in steps:
+            ledger.environment_turns += 1
+            job, parent = rollout.job, rollout.node
+            if sample is not None:
+                self._count(job.tree, parent, sample)
+            # What `Tree.add` does, without the call and by position: this is in every step of every slot.
+            nodes = job.tree.nodes
+            number = len(nodes)
+            rollout.node = node = Node(
+                number,
+                parent.id,
+                parent.depth + 1,
+                job.origin,
+                job.rollout,
+                action if type(action) in IMMUTABLE else value(action),
+                observation,
+                sample,
+                reward,
+                terminated,
+                truncated,
+                taken,
+                None if taken is None else info,
+            )
+            nodes.append(node)
+            parent.children += (number,)
+            if info:
+                ledger.tool_calls += int(info.get("tool_calls", 0)) - int(rollout.info.get("tool_calls", 0))
+                node.tool_errors = int(info.get("tool_errors", 0))
+                node.tool_error = bool(info.get("tool_error", False))
+            rollout.observation, rollout.info = observation, info
+            rollout.total_reward += reward
+            if terminated or truncated:
+                with noted(lambda rollout=rollout: f"in {rollout.where}: the end of the episode"):  # type: ignore[misc]
+                    node.is_correct = bool(self._success(rollout.total_reward, info))
+                node.components = info.get("reward_components")
+                self._finish(job)
+                ended.append(rollout)
+        return ended
+
+    def _count(self, tree: Tree, parent: Node, sample: Sample) -> None:
+        """Counts the tokens of a sample, and keeps what it says about the prefix that it left."""
+        ledger = self.forest.ledger
+        if parent.context_ids is None:
+            parent.context_ids, parent.features = sample.context_ids, sample.features
+        ledger.generated_tokens += len(sample.action_ids)
+        ledger.prefilled_tokens += sample.prefilled
+        if len(sample.action_ids) or sample.prefilled:  # neither: the context did not fit, so nothing was reused
+            ledger.cached_tokens += sum(n.num_tokens for n in tree.path(parent)) - sample.prefilled
 
     def _finish(self, job: Job) -> None:
         assert self._scheduler is not None
         ledger = self.forest.ledger
         with ledger.timed("allocate"):
             self._scheduler.finished(job)
-        replayed = self._slots.replayed_turns()
-        ledger.replayed_turns += replayed - self._replayed
-        self._replayed = replayed
-        if job.tree.finished and not self._keep:
-            job.tree.drop_snapshots()
+        if job.tree.finished:
+            # Not after every rollout: it asks all slots.
+            replayed = self._slots.replayed_turns()
+            ledger.replayed_turns += replayed - self._replayed
+            self._replayed = replayed
+            if not self._keep:
+                job.tree.drop_snapshots()

@@ -6,8 +6,6 @@ Invariant: counters only grow; comparing two methods means comparing two ledgers
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 
@@ -28,6 +26,7 @@ class Ledger:
         tool_calls: Well-formed tool calls among them.
         restores: Snapshots restored.
         replayed_turns: Environment turns repeated only to restore a state.
+        timeouts: Environment turns that were given up because no answer came in time.
         seconds: Wall-clock by phase, in seconds; never part of a comparison between runs.
     """
 
@@ -43,6 +42,7 @@ class Ledger:
     tool_calls: int = 0
     restores: int = 0
     replayed_turns: int = 0
+    timeouts: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
@@ -56,11 +56,22 @@ class Ledger:
         for phase, seconds in other.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Adds the time spent inside to a phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+    def timed(self, phase: str) -> Timer:
+        """Adds the time spent inside a `with` to a phase."""
+        return Timer(self.seconds, phase)
+
+
+class Timer:
+    """A `with` that adds the time spent inside to `seconds[phase]`; a class, since a generator takes longer to enter."""
+
+    __slots__ = ("_phase", "_seconds", "_start")
+
+    def __init__(self, seconds: dict[str, float], phase: str):
+        self._seconds, self._phase, self._start = seconds, phase, 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        spent = time.perf_counter() - self._start
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + spent

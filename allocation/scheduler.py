@@ -60,7 +60,7 @@ class Scheduler:
         self._open_roots = {tree.index: int(m) for tree, m in zip(forest.trees, root_counts, strict=True)}
         self._open = dict(self._open_roots)
         self._ledger = forest.ledger
-        self._prefix_budgets = allocator.prefix_budgets(np.asarray(root_counts), continuations, rng)
+        self._prefix_budgets = [int(k) for k in allocator.prefix_budgets(np.asarray(root_counts), continuations, rng)]
         # A generator for each tree: what is planned must not depend on which prompt is finished first.
         self._entropy = int(rng.integers(2**63 - 1))
         for tree, count in zip(forest.trees, root_counts, strict=True):
@@ -72,6 +72,10 @@ class Scheduler:
         job = Job(tree, node, origin, tree.num_rollouts)
         tree.num_rollouts += 1
         return job
+
+    def will_branch(self, tree: Tree) -> bool:
+        """Returns whether the anchors of a tree are still to be chosen, from the nodes that it has by then."""
+        return bool(self._prefix_budgets[tree.index])
 
     def next(self) -> Job | None:
         """Returns the next job, or `None` if there is none now (more may come when running jobs finish)."""
@@ -93,7 +97,7 @@ class Scheduler:
         tree.finished = not self._open[tree.index]
 
     def _plan_prefixes(self, tree: Tree) -> None:
-        budget = int(self._prefix_budgets[tree.index])
+        budget = self._prefix_budgets[tree.index]
         if not budget:
             return
         self._prefix_budgets[tree.index] = 0

@@ -9,13 +9,20 @@ prompt, a *continuation* at an inner prefix; both end at a terminal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from allocation.ledger import Ledger
+
+if TYPE_CHECKING:
+    import gymnasium as gym
+    from gymnasium.vector import VectorEnv
+
+    from allocation.verify import VerifyReport
+    from trace_envs.slots import Slots
 
 Origin = Literal["root", "continuation"]
 FORMAT_VERSION = 1
@@ -59,13 +66,14 @@ class Node:
         action: The action of the turn, as the environment was given it (text for the environments of this package).
         observation: What the environment answered (the prompt at the root).
         sample: Token ids and log-probs of the turn; `None` at the root and for policies without tokens.
-        context_ids: Tokens shown after this node's action and before the next, shared by every action sampled here.
-        features: Hidden state at the end of this prefix; `None` until an action was sampled here.
-        snapshot: The environment at this prefix; `None` at terminals and after `Tree.drop_snapshots`.
-        info: The environment's info at this prefix; kept and dropped with the snapshot.
-        children: Ids of the nodes one turn further.
         reward: Reward of the edge.
         terminated, truncated: How the episode stood after the edge.
+        snapshot: The environment at this prefix; `None` at terminals, where none can be needed (`Collection.wanted`), and
+            after `Tree.drop_snapshots`.
+        info: The environment's info at this prefix; kept and dropped with the snapshot.
+        context_ids: Tokens shown after this node's action and before the next, shared by every action sampled here.
+        features: Hidden state at the end of this prefix; `None` until an action was sampled here.
+        children: Ids of the nodes one turn further.
         is_correct: The environment's own verdict; `None` before the end.
         tool_errors: Malformed or refused calls up to here.
         tool_error: Whether this turn was one.
@@ -81,14 +89,14 @@ class Node:
     action: Any = ""
     observation: Any = ""
     sample: Sample | None = None
-    context_ids: np.ndarray | None = None
-    features: np.ndarray | None = None
-    snapshot: Any = None
-    info: dict[str, Any] | None = None
-    children: list[int] = field(default_factory=list)
     reward: float = 0.0
     terminated: bool = False
     truncated: bool = False
+    snapshot: Any = None
+    info: dict[str, Any] | None = None
+    context_ids: np.ndarray | None = None
+    features: np.ndarray | None = None
+    children: tuple[int, ...] = ()
     is_correct: bool | None = None
     tool_errors: int = 0
     tool_error: bool = False
@@ -107,6 +115,13 @@ class Node:
         return action + (0 if self.context_ids is None else len(self.context_ids))
 
 
+class Root(NamedTuple):
+    """How to start an episode on one prompt: the arguments of `reset`."""
+
+    seed: int
+    options: dict[str, Any] | None = None
+
+
 class Tree:
     """All rollouts of one prompt.
 
@@ -115,16 +130,32 @@ class Tree:
         index: Position in the forest.
         observation: First observation.
         info: What is known of the prompt and worth keeping with it (plain data).
+        start: How its episode was opened: the arguments of `reset`; `None` for a tree that no driver made.
+        carried: State that the wrappers brought with them into that episode; see `trace_envs.slots.Opened`.
 
     Attributes:
+        rollout_seeds: By number of a rollout, the seed that was given when its anchor was restored: what was random in it is
+            a function of this seed. `None` for one that has not begun.
         num_rollouts: Rollouts planned so far, root rollouts and continuations together.
         finished: Whether all of them have ended and none will be added; what was kept to branch the tree may go then.
     """
 
-    def __init__(self, key: str, index: int, observation: Any, info: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        key: str,
+        index: int,
+        observation: Any,
+        info: dict[str, Any] | None = None,
+        *,
+        start: Root | None = None,
+        carried: tuple[tuple[str, Mapping[str, Any]], ...] = (),
+    ):
         self.key = key
         self.index = index
         self.info = info or {}
+        self.start = start
+        self.carried = carried
+        self.rollout_seeds: list[int | None] = []
         self.nodes: list[Node] = [Node(0, None, 0, "root", -1, observation=observation)]
         self.num_rollouts = 0
         self.finished = False
@@ -134,13 +165,44 @@ class Tree:
         """The prompt."""
         return self.nodes[0]
 
-    def add(self, parent: Node, rollout: int, origin: Origin, **fields: Any) -> Node:
-        """Adds the node that one turn from `parent` led to."""
-        if parent.terminal:
+    def add(
+        self,
+        parent: Node,
+        rollout: int,
+        origin: Origin,
+        action: Any = "",
+        observation: Any = "",
+        sample: Sample | None = None,
+        reward: float = 0.0,
+        terminated: bool = False,
+        truncated: bool = False,
+        snapshot: Any = None,
+        info: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> Node:
+        """Adds the node that one turn from `parent` led to; for the arguments see `Node`."""
+        if parent.terminated or parent.truncated:
             raise ValueError(f"node {parent.id} of tree {self.key!r} is terminal; nothing can follow it")
-        node = Node(len(self.nodes), parent.id, parent.depth + 1, origin, rollout, **fields)
-        self.nodes.append(node)
-        parent.children.append(node.id)
+        nodes = self.nodes
+        number = len(nodes)
+        node = Node(
+            number,
+            parent.id,
+            parent.depth + 1,
+            origin,
+            rollout,
+            action,
+            observation,
+            sample,
+            reward,
+            terminated,
+            truncated,
+            snapshot,
+            info,
+            **fields,
+        )
+        nodes.append(node)
+        parent.children += (number,)
         return node
 
     def path(self, node: Node) -> list[Node]:
@@ -196,6 +258,19 @@ class Tree:
         successes = sum(bool(n.is_correct) for n in leaves)
         return successes, len(leaves) - successes
 
+    def sort(self) -> None:
+        """Renumbers the nodes by rollout, then depth: an order that does not depend on which rollout stepped first.
+
+        Only for a finished tree: ids that were read before are no longer those of the same nodes. Parents stay before their
+        children, since a rollout has a larger number than the one that its anchor belongs to.
+        """
+        self.nodes.sort(key=lambda n: (n.rollout, n.depth))
+        new = {node.id: position for position, node in enumerate(self.nodes)}
+        for node in self.nodes:
+            node.id = new[node.id]
+            node.parent = None if node.parent is None else new[node.parent]
+            node.children = tuple(sorted(new[child] for child in node.children))
+
     def drop_snapshots(self) -> None:
         """Forgets the environments' states, which only the driver needs."""
         for node in self.nodes:
@@ -204,10 +279,21 @@ class Tree:
 
 @dataclass
 class Forest:
-    """The trees of one batch, and what they cost."""
+    """The trees of one batch, and what they cost.
+
+    Attributes:
+        trees: The trees.
+        ledger: What they cost.
+        slots: The environments that they were collected with; not copied or pickled along.
+    """
 
     trees: list[Tree] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
+    slots: Slots | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the environments behind: they may be processes."""
+        return {**self.__dict__, "slots": None}
 
     def __iter__(self) -> Iterator[Tree]:
         return iter(self.trees)
@@ -220,6 +306,25 @@ class Forest:
         """Number of terminals in all trees."""
         return sum(len(tree.leaves()) for tree in self.trees)
 
+    def verify(
+        self,
+        envs: Slots | VectorEnv | gym.Env | None = None,
+        *,
+        success: Callable[[float, dict[str, Any]], bool] | None = None,
+    ) -> VerifyReport:
+        """Executes every recorded path again and compares what comes; see `allocation.verify.verify`.
+
+        Args:
+            envs: Where to do it; `None` takes the environments that the forest was collected with.
+            success: The function that said what a success is, if it was not `info["is_correct"]`.
+
+        Raises:
+            ForestVerificationError: The first difference, with its tree, node and turn.
+        """
+        from allocation.verify import verify  # which imports this module
+
+        return verify(self, envs, success=success)
+
     def effective_ratio(self, origin: Origin | None = None) -> float:
         """Returns the share of prompts with both successes and failures among their terminals.
 
@@ -229,6 +334,13 @@ class Forest:
         counts = [tree.outcome_counts(origin) for tree in self.trees]
         counts = [c for c in counts if sum(c)]
         return sum(s > 0 and f > 0 for s, f in counts) / len(counts) if counts else 0.0
+
+
+def _text(value: Any) -> str:
+    """Returns a text as it is and anything else as its `repr`; a number of NumPy's looks like any other."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if isinstance(value, str) else repr(value)
 
 
 def tree_record(tree: Tree, advantages: np.ndarray | None = None) -> dict[str, Any]:
@@ -250,8 +362,8 @@ def tree_record(tree: Tree, advantages: np.ndarray | None = None) -> dict[str, A
             "depth": n.depth,
             "origin": n.origin,
             "rollout": n.rollout,
-            "action": n.action if isinstance(n.action, str) else repr(n.action),
-            "observation": n.observation if isinstance(n.observation, str) else repr(n.observation),
+            "action": _text(n.action),
+            "observation": _text(n.observation),
             "predicted": number(n.predicted),
             "value": number(values[n.id]),
             "weight": number(weights[n.id]),

@@ -12,15 +12,18 @@ finished slot is the one of its next rollout, the last one is in `info["final_ob
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import VectorEnv
-from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+from gymnasium.vector.utils import batch_space
 
 from allocation.allocators import Allocator, make_allocator
+from allocation.batching import IMMUTABLE, batch_observations, placeholder, single_actions, value
 from allocation.collection import (
     Collection,
     Context,
@@ -31,6 +34,7 @@ from allocation.collection import (
     default_success,
     random_seeds,
 )
+from allocation.positions import Positions
 from allocation.predictor import Predictor
 from allocation.tree import Forest, Sample
 from trace_envs.slots import Result, make_slots
@@ -40,7 +44,7 @@ class TreeAllocationWrapper(VectorEnv):
     """Collects a forest of rollouts under a budget.
 
     Args:
-        envs: A vector made by `gym.make_vec(..., vectorization_mode="sync")`, or an environment for a vector of one.
+        envs: A vector made by `gym.make_vec`, or an environment for a vector of one; see `trace_envs.slots.make_slots`.
         allocator: An allocator, or the name of one (`allocation.allocators.ALLOCATORS`).
         predictor: For an allocator given by name.
         budget: Rollouts in a forest, root rollouts and continuations together.
@@ -49,8 +53,14 @@ class TreeAllocationWrapper(VectorEnv):
             the number of tokens that were computed for them, which the ledger counts as prefilled.
             `None` leaves the predictor without features at roots until an action was sampled there.
         success: Called with the episode's return and last info; says whether it succeeded.
-        keep_snapshots: Keep every node's snapshot and info after its tree is finished, to branch from it by hand.
+        keep_snapshots: Take a snapshot at every node that is not a terminal, and keep it and the info after the tree is
+            finished, to branch from it by hand. Otherwise there is one only where a branch may still begin.
+
+    Attributes:
+        forest: What has been collected since the last `reset`; it stays when an environment raises.
     """
+
+    closed = True  # until there is something to close
 
     def __init__(
         self,
@@ -66,7 +76,9 @@ class TreeAllocationWrapper(VectorEnv):
     ):
         if budget < 1:
             raise ValueError(f"budget must be at least 1 rollout, got {budget}")
+        self.allocator = make_allocator(allocator, predictor=predictor) if isinstance(allocator, str) else allocator
         self.slots = make_slots(envs)
+        self.closed = False
         self.envs = envs
         self.spec = self.slots.spec
         self.num_envs = self.slots.num_slots
@@ -74,11 +86,8 @@ class TreeAllocationWrapper(VectorEnv):
         self.single_action_space = self.slots.action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        # What an idle slot shows.
-        blank: Any = create_empty_array(self.single_observation_space, n=1)
-        self._placeholder = next(iter(iterate(batch_space(self.single_observation_space, 1), blank)))
+        self._placeholder = placeholder(self.single_observation_space)
         self.metadata = {**self.slots.metadata, "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-        self.allocator = make_allocator(allocator, predictor=predictor) if isinstance(allocator, str) else allocator
         self.budget = budget
         self.forest = Forest()
         self._sources = roots
@@ -86,13 +95,16 @@ class TreeAllocationWrapper(VectorEnv):
         self._success = success
         self._keep_snapshots = keep_snapshots
         self._rollouts: list[Rollout | None] = [None] * self.num_envs
+        self._keep: set[int] = set()  # slots whose moments are to be kept
+        self._positions = Positions(self.num_envs)
+        self._ended: dict[str, np.ndarray] = {}  # positions of the rollouts that ended in the last step
         self._collection: Collection | None = None
         self._rng = np.random.default_rng()
 
     @property
     def active(self) -> np.ndarray:
         """Which slots have work, bool [num_envs]."""
-        return np.array([rollout is not None for rollout in self._rollouts])
+        return self._positions.active.copy()
 
     def contexts(self) -> list[Context]:
         """Returns what a policy has to act on, one context for each active slot."""
@@ -109,8 +121,10 @@ class TreeAllocationWrapper(VectorEnv):
         Returns:
             The batch of observations and the info of a vector environment.
         """
+        self._check_open("reset")
         if seed is not None:
             self._rng = np.random.default_rng(seed)
+        self._collection, self._rollouts, self._positions = None, [None] * self.num_envs, Positions(self.num_envs)
         collection = Collection(
             self.slots,
             self.allocator,
@@ -120,74 +134,134 @@ class TreeAllocationWrapper(VectorEnv):
             keep_snapshots=self._keep_snapshots,
         )
         given = (options or {}).get("roots")
-        self.forest, self._collection = collection.forest, collection
+        self.forest = collection.forest
         collection.open(
             list(given) if given is not None else list(self._sources(self._rng, self.allocator.pool_size(self.budget))),
             self._encode,
         )
-        self._rollouts = [collection.next(i) for i in range(self.num_envs)]
+        self._fill(collection)
+        self._collection = collection
         return self._observations(), self._infos({})
 
     def step(  # type: ignore[override]
-        self, actions: Sequence[Any], samples: Sequence[Sample | None] | None = None
+        self, actions: Any, samples: Sequence[Sample | None] | None = None
     ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Steps every active slot; actions of idle slots are ignored.
+        """Steps every active slot; actions of idle slots are ignored. When all work is done it does nothing.
 
         Args:
-            actions: One action for each slot.
+            actions: A batch as `action_space.sample()` gives it, or a list with one action for each slot.
             samples: The actions as sampled, with token ids and log-probs, for a policy that will learn from them.
 
         Returns:
-            Observations, rewards float64 [n], terminated bool [n], truncated bool [n], infos.
+            Observations, rewards float64 [n], terminated bool [n], truncated bool [n], infos. `infos["trace"]` says where
+            each active slot stands now; `infos["final_info"]["trace"]` where a finished one ended.
+
+        Raises:
+            Exception: Whatever an environment or `success` raised, with a note that names the tree, node and turn. What was
+                collected stays in `forest`; the next call must be `reset`.
         """
-        if self._collection is None:
-            raise RuntimeError("call reset() before step()")
-        if len(actions) != self.num_envs:
-            raise ValueError(f"expected {self.num_envs} actions, one for each slot, got {len(actions)}")
-        rewards = np.zeros(self.num_envs)
-        terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
-        final: dict[int, Result] = {}
-        active = [i for i, rollout in enumerate(self._rollouts) if rollout is not None]
-        for i, result in self.slots.step({i: actions[i] for i in active}, active).items():
-            _, rewards[i], terminated[i], truncated[i], _, _ = result
-            rollout = self._rollouts[i]
-            assert rollout is not None
-            if self._collection.record(rollout, actions[i], samples[i] if samples is not None else None, result):
-                final[i] = result
-                self._rollouts[i] = None
-        # Freed slots are filled after every slot has stepped, so that who gets which job does not depend on slot order.
-        for i in range(self.num_envs):
-            if self._rollouts[i] is None:
-                self._rollouts[i] = self._collection.next(i)
+        rewards, terminated, truncated, final = self.advance(actions, samples)
         return self._observations(), rewards, terminated, truncated, self._infos(final)
 
-    def close(self, **kwargs: Any) -> None:
+    def advance(
+        self, actions: Any, samples: Sequence[Sample | None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, Result]]:
+        """Does all that `step` does but putting observations and infos together, for drivers that look at `contexts`.
+
+        Args:
+            actions: As for `step`.
+            samples: As for `step`.
+
+        Returns:
+            Rewards, terminated, truncated, and by slot the last step of each rollout that ended in it.
+        """
+        self._check_open("step")
+        collection = self._collection
+        if collection is None:
+            raise RuntimeError(
+                "call reset() before step(): there is no forest, or its collection ended with an exception"
+            )
+        items = single_actions(actions, self.action_space, self.num_envs)
+        live = [rollout for rollout in self._rollouts if rollout is not None]
+        slots = [rollout.slot for rollout in live]
+        given = [items[i] for i in slots]
+        sampled = itertools.repeat(None) if samples is None else [samples[i] for i in slots]
+        # Each environment gets a copy: it may change its argument, which is still to be recorded.
+        own = [a if type(a) in IMMUTABLE else value(a) for a in given]
+        self._collection = None  # If anything raises, slots and forest no longer agree.
+        try:
+            by_slot = self.slots.step(dict(zip(slots, own, strict=True)), self._keep)
+        except Exception as error:
+            self._locate(error, live)
+            raise
+        results = [by_slot[i] for i in slots]
+        ended = collection.record_all(zip(live, given, sampled, results, strict=False))
+        rewards = np.zeros(self.num_envs)
+        rewards[slots] = [result.reward for result in results]
+        self._positions.move([rollout.node.id for rollout in live])
+        terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
+        final: dict[int, Result] = {}
+        for rollout in ended:
+            i = rollout.slot
+            self._rollouts[i], final[i] = None, by_slot[i]
+            terminated[i], truncated[i] = by_slot[i].terminated, by_slot[i].truncated
+        if final:
+            self._ended = self._positions.info(terminated | truncated)
+            # Freed slots are filled after every slot has stepped, so that who gets which job does not depend on slot order.
+            self._fill(collection)
+        self._collection = collection
+        return rewards, terminated, truncated, final
+
+    def close_extras(self, **kwargs: Any) -> None:
         """Closes the environments."""
         self.slots.close()
 
+    def __del__(self) -> None:
+        """Leaves the environments open: a forest may still be verified in them."""
+
+    def _check_open(self, name: str) -> None:
+        if self.closed:
+            raise RuntimeError(f"{name}() after close(): the environments are closed; make and wrap new ones")
+
+    def _fill(self, collection: Collection) -> None:
+        """Sends every free slot to the next anchor, as far as there is work."""
+        for i in [i for i, running in enumerate(self._rollouts) if running is None]:
+            self._rollouts[i] = rollout = collection.next(i)
+            if rollout is None:
+                self._positions.clear(i)
+                continue
+            self._positions.start(i, rollout.job.tree.index, rollout.node, rollout.job.rollout, rollout.job.origin)
+            (self._keep.add if collection.wanted(rollout) else self._keep.discard)(i)
+
+    @staticmethod
+    def _locate(error: Exception, live: list[Rollout]) -> None:
+        """Notes on an exception of the slots where in the forest it came from."""
+        named = [int(n) for note in getattr(error, "__notes__", ()) for n in re.findall(r"\bslot (\d+)", note)]
+        slot = getattr(error, "slot", named[-1] if named else None)
+        for rollout in live:
+            if slot == rollout.slot or len(live) == 1:
+                error.add_note(f"in the step from {rollout.where}")
+
     def _observations(self) -> Any:
-        space: Any = self.single_observation_space
         items = [r.observation if r is not None else self._placeholder for r in self._rollouts]
-        batch: Any = create_empty_array(space, n=self.num_envs)
-        return concatenate(space, items, batch)
+        return batch_observations(items, self.single_observation_space)
 
     def _infos(self, final: dict[int, Result]) -> dict[str, Any]:
         infos: dict[str, Any] = {}
         for i, rollout in enumerate(self._rollouts):
-            if rollout is None and i not in final:
-                continue
-            info: dict[str, Any] = dict(rollout.info) if rollout is not None else {}
-            if rollout is not None:
-                node = rollout.node
-                info["trace"] = {
-                    "tree": rollout.job.tree.index,
-                    "node_id": node.id,
-                    "parent_id": -1 if node.parent is None else node.parent,
-                    "depth": node.depth,
-                    "rollout": rollout.job.rollout,
-                    "is_continuation": rollout.job.origin == "continuation",
-                }
-            if i in final:
-                info["final_obs"], info["final_info"] = final[i].observation, final[i].info
-            infos = self._add_info(infos, info, i)
+            if rollout is not None and rollout.info:
+                infos = self._add_info(infos, rollout.info, i)
+        if final:
+            last = np.full(self.num_envs, None, dtype=object)
+            last_info: dict[str, Any] = {}
+            for i, result in final.items():
+                last[i] = result.observation
+                last_info = self._add_info(last_info, result.info, i)
+            ended = self._ended["_tree"]
+            infos["final_obs"], infos["_final_obs"] = last, ended.copy()
+            infos["final_info"], infos["_final_info"] = last_info, ended.copy()
+            last_info["trace"], last_info["_trace"] = self._ended, ended.copy()
+        active = self._positions.active
+        if active.any():
+            infos["trace"], infos["_trace"] = self._positions.info(active), active.copy()
         return infos

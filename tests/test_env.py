@@ -1,15 +1,20 @@
 import copy
+import json
+import re
 import warnings
+from dataclasses import replace
 
 import gymnasium as gym
 import lock_env
+import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lock_env import LISTEN, OPEN, LockEnv, dial, recite
 
 from trace_envs.env import ToolEnv
+from trace_envs.multihop_qa import MultiHopQAEnv
 from trace_envs.state import ToolCall
 
 lock_env.register()
@@ -211,6 +216,201 @@ def test_reset_refuses_what_it_does_not_know_and_leaves_the_episode_alone():
         env.reset(options={"task_id": "10"})
     assert env.state is state and env.np_random.bit_generator.state == random_state
     assert env.reset(options={})[0] == "Open the lock."
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LockEnv(max_turns="3"), r"max_turns must be an integer, got '3' \(str\)"),
+        (lambda: LockEnv(max_turns=True), r"max_turns must be an integer, got True \(bool\)"),
+        (lambda: LockEnv(max_action_chars=1.5), r"max_action_chars must be an integer, got 1.5 \(float\)"),
+        (lambda: LockEnv(system_prompt=5), "system_prompt must be a string or None, got int"),
+        (lambda: MultiHopQAEnv(top_k="3"), r"top_k must be an integer, got '3' \(str\)"),
+        (lambda: MultiHopQAEnv(dataset_seed=None), r"dataset_seed must be an integer, got None"),
+        (lambda: MultiHopQAEnv(search_dropout="0.5"), r"search_dropout must be a number, got '0.5' \(str\)"),
+        (lambda: MultiHopQAEnv(data_path=5), r"data_path must be a path or None, got 5 \(int\)"),
+        (lambda: LockEnv().reset(seed="0"), r"seed must be an integer, got '0' \(str\)"),
+        (lambda: LockEnv().reset(seed=1.0), r"seed must be an integer, got 1.0 \(float\)"),
+        (
+            lambda: LockEnv().reset(options=["task_id"]),
+            r"options must be a dictionary or None, got \['task_id'\] \(list\)",
+        ),
+        (lambda: begun().step(None), r"step\(\) takes the agent's text \(a string\), got None \(NoneType\)"),
+        (lambda: begun().step(b"open"), r"step\(\) takes the agent's text \(a string\), got b'open' \(bytes\)"),
+        (lambda: begun().restore("junk"), r"expected an EnvSnapshot, as snapshot\(\) returns it, got str"),
+        (lambda: begun().restore(begun().snapshot(), seed="1"), r"seed must be an integer, got '1' \(str\)"),
+    ],
+)
+def test_a_wrong_type_is_named(make, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LockEnv(max_turns=0), "max_turns must be at least 1, got 0"),
+        (lambda: MultiHopQAEnv(top_k=0), "top_k must be at least 1, got 0"),
+        (lambda: LockEnv().reset(seed=-1), "seed must be a non-negative integer or None, got -1"),
+        (
+            lambda: begun().restore(replace(begun().snapshot(), payload=5)),
+            "the snapshot's payload is a int, expected an Episode",
+        ),
+        (
+            lambda: begun().restore(replace(begun().snapshot(), random_state={"bit_generator": "MT19937"})),
+            "the snapshot's random state does not fit np_random",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
+
+
+def begun():
+    env = LockEnv()
+    env.reset(seed=0)
+    env.step(dial(1))
+    return env
+
+
+def test_numbers_of_numpy_are_numbers():
+    env = LockEnv(max_turns=np.int64(2))
+    assert env.reset(seed=np.int64(3)) == LockEnv(max_turns=2).reset(seed=3) and type(env.max_turns) is int
+
+
+def test_a_closed_environment_says_so_and_its_snapshots_live_on():
+    env = begun()
+    taken, twin, info = env.snapshot(), env.fork(), env.info()
+    env.close()
+    env.close()
+    for attempt in (env.reset, env.snapshot, env.fork, env.info, lambda: env.step(OPEN), lambda: env.restore(taken)):
+        with pytest.raises(
+            gym.error.ClosedEnvironmentError, match=r"^this LockEnv was closed; make another environment"
+        ):
+            attempt()
+    sibling = LockEnv()
+    sibling.restore(taken)
+    assert sibling.info() == twin.info() == info
+
+
+def test_a_snapshot_knows_what_was_seen_and_what_it_needs():
+    env = LockEnv(max_turns=2)
+    env.reset(seed=0, options={"task_id": "1"})
+    first = env.snapshot()
+    assert (first.observation, first.turn, first.episode_return) == ("Open the lock.", 0, 0.0)
+    env.step(dial(1))
+    assert env.snapshot().observation == "turned by 1" and env.snapshot().config is first.config
+    env.step(OPEN)
+    assert env.snapshot().episode_return == 1.0
+    assert first.config == {
+        "action_format": "hermes",
+        "max_turns": 2,
+        "max_action_chars": 16_384,
+        "max_observation_chars": 16_384,
+    }
+
+
+def test_a_snapshot_is_restored_only_into_equal_settings():
+    taken = begun().snapshot()
+    other = LockEnv(max_turns=7, action_format="tags")
+    other.reset(seed=1)
+    state = other.state
+    message = (
+        "the snapshot is of an environment with other settings: action_format was 'hermes' and is 'tags', max_turns was 10 and "
+        "is 7; restore it into one that was made with the same arguments"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        other.restore(taken)
+    assert other.state is state
+    LockEnv(system_prompt="Be quick.", render_mode="ansi").restore(taken)
+    for change in (
+        {"top_k": 2},
+        {"search_dropout": 0.5},
+        {"reward": "f1"},
+        {"dataset_seed": 1},
+        {"split": "validation"},
+    ):
+        env = MultiHopQAEnv()
+        env.reset(seed=0)
+        MultiHopQAEnv().restore(env.snapshot())
+        with pytest.raises(
+            ValueError, match=rf"other settings: .*{next(iter(change)).removesuffix('_seed').removesuffix('split')}"
+        ):
+            MultiHopQAEnv(**change).restore(env.snapshot())
+
+
+def test_data_sets_are_the_same_if_they_say_the_same(tmp_path):
+    def make(name, answer="Rome"):
+        question = {
+            "_id": "q",
+            "question": "Capital of Italy?",
+            "answer": answer,
+            "context": [["Italy", ["Rome is it."]]],
+        }
+        path = tmp_path / name
+        path.write_text(
+            json.dumps([question | {"supporting_facts": [["Italy", 0]], "type": "bridge", "level": "easy"}])
+        )
+        env = MultiHopQAEnv(dataset="hotpotqa", data_path=path)
+        env.reset(seed=0)
+        return env
+
+    env = make("one.json")
+    make("two.json").restore(env.snapshot())
+    with pytest.raises(ValueError, match="other settings: dataset_digest was"):
+        make("three.json", "Milan").restore(env.snapshot())
+
+
+DRAWS = st.sampled_from(
+    ["keep", "draw", "kept", "reset", "seeded", "step", "snapshot", "restore", "reseeded", "set", "peek"]
+)
+
+
+@given(st.lists(DRAWS, max_size=12))
+@settings(max_examples=150, deadline=None)
+def test_the_random_state_is_known_whoever_draws(script):
+    """Snapshots must give the generator's state as it is, and restore it, however it moved meanwhile."""
+    env = LockEnv()
+    env.reset(seed=0)
+    held, taken = [], [(env.snapshot(), copy.deepcopy(env._random.generator))]
+    for i, act in enumerate(script):
+        if act == "keep":
+            held.append(env.np_random)
+        elif act == "draw":
+            env.np_random.random()
+        elif act == "kept" and held:
+            held[-1].random()
+        elif act in ("reset", "seeded"):
+            env.reset(seed=i if act == "seeded" else None)
+        elif act == "step":
+            env.step(LISTEN)
+        elif act == "peek":
+            env._np_random.bit_generator.random_raw()
+        elif act == "set":
+            held.append(np.random.default_rng(i))
+            env.np_random = held[-1]
+        elif act == "snapshot":
+            taken.append((env.snapshot(), copy.deepcopy(env._random.generator)))
+        elif act in ("restore", "reseeded"):
+            snapshot, generator = taken[i % len(taken)]
+            env.restore(snapshot, seed=i if act == "reseeded" else None)
+            if act == "restore":
+                assert env._random.generator.bit_generator.state == generator.bit_generator.state
+        # Past every cache: the generator itself.
+        assert env.snapshot().random_state == env._random.generator.bit_generator.state
+        assert env.fork().np_random.bit_generator.state == env._random.generator.bit_generator.state
+
+
+def test_moments_between_which_the_generator_did_not_move_share_its_record():
+    env = begun()
+    first = env.snapshot()
+    env.step(dial(1))
+    assert env.snapshot().random_state is first.random_state
+    env.np_random.random()
+    assert env.snapshot().random_state != first.random_state
+    env.restore(first)
+    assert env.snapshot().random_state == first.random_state
 
 
 def test_render_writes_the_episode_down():

@@ -4,9 +4,32 @@ from __future__ import annotations
 
 import gymnasium as gym
 
-from trace_envs.snapshots import EnvSnapshot, SnapshotUnsupportedError, fork, restore, snapshot
+from trace_envs.snapshots import (
+    EnvSnapshot,
+    Replayable,
+    ReplayDivergenceError,
+    SnapshotUnsupportedError,
+    SnapshotWrapper,
+    check_snapshot,
+    fork,
+    reseed,
+    restore,
+    snapshot,
+)
 
-__all__ = ["EnvSnapshot", "SnapshotUnsupportedError", "fork", "register_envs", "restore", "snapshot"]
+__all__ = [
+    "EnvSnapshot",
+    "ReplayDivergenceError",
+    "Replayable",
+    "SnapshotUnsupportedError",
+    "SnapshotWrapper",
+    "check_snapshot",
+    "fork",
+    "register_envs",
+    "reseed",
+    "restore",
+    "snapshot",
+]
 
 _ENVIRONMENTS = {"TraceMultiHopQA-v0": "trace_envs.multihop_qa:MultiHopQAEnv"}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from sys import intern
 from typing import Any
 
 from trace_envs.schemas import Function, JSONRefused, check_value, dumps, loads_object, show, signature, text_argument
@@ -106,7 +107,8 @@ def checked_call(name: str, arguments: dict[str, Any], known: Known) -> ToolCall
     wrong = check_value(arguments, {"type": "object", "additionalProperties": False, **parameters})
     if wrong:
         raise Malformed(f"{show(name)}: {wrong}. Expected {signature(name, function)}.")
-    return ToolCall(name, arguments)
+    # Names are the same in thousands of calls; each is kept once.
+    return ToolCall(intern(name), {intern(argument): value for argument, value in arguments.items()})
 
 
 def read_object(text: str, where: str, expected: str) -> dict[str, Any]:

@@ -15,8 +15,12 @@ from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.error import ClosedEnvironmentError
+from gymnasium.utils import seeding
 
 from trace_envs.actions import get_format
+from trace_envs.arguments import integer, random_seed
+from trace_envs.randomness import OwnGenerator
 from trace_envs.snapshots.record import SCHEMA_VERSION, EnvSnapshot
 from trace_envs.spaces import DEFAULT_MAX_LENGTH, UnicodeText
 from trace_envs.state import Action, EpisodeState, FinalAnswer, FormatError, History, Outcome, Task, ToolCall, Turn
@@ -66,27 +70,24 @@ class ToolEnv(gym.Env[str, str], ABC):
         if unknown:
             names = ", ".join(map(repr, sorted(unknown)))
             raise TypeError(f"{type(self).__name__} takes no argument {names}; known: {', '.join(self._arguments())}")
-        limits = {
-            "max_turns": max_turns,
-            "max_action_chars": max_action_chars,
-            "max_observation_chars": max_observation_chars,
-        }
-        for name, value in limits.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if system_prompt is not None and not isinstance(system_prompt, str):
+            raise TypeError(f"system_prompt must be a string or None, got {type(system_prompt).__name__}")
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"unknown render_mode {render_mode!r}; known: {', '.join(self.metadata['render_modes'])}")
         self.render_mode = render_mode
         self.action_format = get_format(action_format)
-        self.max_turns = max_turns
-        self.max_action_chars = max_action_chars
-        self.max_observation_chars = max_observation_chars
+        self.max_turns = integer("max_turns", max_turns, 1)
+        self.max_action_chars = integer("max_action_chars", max_action_chars, 1)
+        self.max_observation_chars = integer("max_observation_chars", max_observation_chars, 1)
         self.tools: list[dict[str, Any]] = self.tool_schemas()
         self.system_prompt = self.action_format.instructions(self.tools) if system_prompt is None else system_prompt
         # Twice: room for the note that an observation was cut.
         self.observation_space = UnicodeText(max(DEFAULT_MAX_LENGTH, 2 * max_observation_chars))
         self.action_space = UnicodeText()
         self._state: EpisodeState | None = None
+        self._closed = False
+        self._config: dict[str, Any] | None = None
+        self._random = OwnGenerator()
 
     @classmethod
     def _arguments(cls) -> list[str]:
@@ -102,7 +103,7 @@ class ToolEnv(gym.Env[str, str], ABC):
 
     @abstractmethod
     def pick_task(self, rng: np.random.Generator, task_id: str | None) -> Task:
-        """Returns the task of that id, or a random one."""
+        """Returns the task of that id, or a random one drawn from `rng`, which is lent for this call only."""
 
     @abstractmethod
     def task_ids(self) -> Sequence[str]:
@@ -119,6 +120,19 @@ class ToolEnv(gym.Env[str, str], ABC):
     @abstractmethod
     def judge(self, state: EpisodeState, answer: str | None) -> Outcome:
         """Judges the final answer; `None` when the turns ran out without one."""
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what shapes the future of an episode besides its state, as plain data; a family adds its own.
+
+        A snapshot is restored only into an environment whose settings are equal. What only changes how an episode is shown
+        (`system_prompt`, `render_mode`) is not among them.
+        """
+        return {
+            "action_format": self.action_format.name,
+            "max_turns": self.max_turns,
+            "max_action_chars": self.max_action_chars,
+            "max_observation_chars": self.max_observation_chars,
+        }
 
     # The transition, pure.
 
@@ -165,6 +179,21 @@ class ToolEnv(gym.Env[str, str], ABC):
     # Gymnasium's interface.
 
     @property
+    def _np_random(self) -> np.random.Generator | None:  # type: ignore[override]
+        """Where Gymnasium keeps `np_random`: whoever takes it from here may draw from it at any time."""
+        return self._random.lend()
+
+    @_np_random.setter
+    def _np_random(self, generator: np.random.Generator | None) -> None:
+        self._random = OwnGenerator(generator, lent=True)
+
+    def _own_generator(self) -> OwnGenerator:
+        if self._random.generator is None:
+            generator, self._np_random_seed = seeding.np_random()
+            self._random = OwnGenerator(generator)
+        return self._random
+
+    @property
     def state(self) -> EpisodeState:
         """The current state.
 
@@ -172,8 +201,17 @@ class ToolEnv(gym.Env[str, str], ABC):
             RuntimeError: `reset` was never called.
         """
         if self._state is None:
+            self._check_open()
             raise RuntimeError("call reset() first")
         return self._state
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedEnvironmentError(f"this {type(self).__name__} was closed; make another environment")
+
+    def close(self) -> None:
+        """Closes the environment; it cannot be used any more. Its snapshots and forks can."""
+        self._closed, self._state = True, None
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """Starts an episode.
@@ -187,18 +225,33 @@ class ToolEnv(gym.Env[str, str], ABC):
 
         Raises:
             ValueError: An option or the task id is unknown; the episode under way goes on.
+            TypeError: The seed or the options are of another type.
+            ClosedEnvironmentError: The environment was closed.
         """
+        self._check_open()
+        seed = random_seed(seed)
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(f"options must be a dictionary or None, got {options!r:.60} ({type(options).__name__})")
         options = dict(options or {})
         task_id = options.pop("task_id", None)
         if options:
             raise ValueError(f"unknown reset options {sorted(map(str, options))}; known: ['task_id']")
         super().reset(seed=seed)
-        task = self.pick_task(self.np_random, task_id)
-        self._state = self.initial_state(task, int(self.np_random.integers(MAX_KEY)))
+        if seed is not None:
+            self._random = OwnGenerator(self._random.generator)  # made a moment ago, and nobody else has it
+        task = self.pick_task(self._own_generator().draw(), task_id)
+        self._state = self.initial_state(task, int(self._random.draw().integers(MAX_KEY)))
         return self.observation(), self.info()
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Takes one turn."""
+        """Takes one turn.
+
+        Raises:
+            RuntimeError: The episode is over, or was never begun.
+            TypeError: The action is no string.
+        """
+        if not isinstance(action, str):
+            raise TypeError(f"step() takes the agent's text (a string), got {action!r:.60} ({type(action).__name__})")
         self._state = state = self.advance(self.state, action)
         reward = state.outcome.reward if state.outcome is not None else 0.0
         return self.observation(), reward, state.terminated, state.truncated, self.info()
@@ -259,45 +312,91 @@ class ToolEnv(gym.Env[str, str], ABC):
 
     # Snapshots.
 
-    def _env_id(self) -> str:
-        return self.spec.id if self.spec is not None else type(self).__name__
+    @property
+    def config(self) -> dict[str, Any]:
+        """`settings()`, one object for all snapshots; it is not to be changed."""
+        if self._config is None:
+            self._config = self.settings()
+        return self._config
 
     def snapshot(self) -> EnvSnapshot:
-        """Returns the present moment, in constant time: the state is immutable and shared."""
-        random_state = None if self._np_random is None else self._np_random.bit_generator.state
-        return EnvSnapshot(self._env_id(), self.state.turn, self.state, random_state)
+        """Returns the present moment, in constant time: the state is immutable and shared.
+
+        Raises:
+            RuntimeError: `reset` was never called.
+            ClosedEnvironmentError: The environment was closed.
+        """
+        state = self._state
+        if state is None:
+            state = self.state  # which raises
+        spec, history, outcome = self.spec, state.history, state.outcome
+        return EnvSnapshot.quick(
+            type(self).__name__ if spec is None else spec.id,
+            state.turn,
+            state,
+            self._random.record or self._random.state(),
+            self._config or self.config,
+            state.task.prompt if history is None else history.turn.observation,
+            0.0 if outcome is None else outcome.reward,
+        )
 
     def restore(self, snapshot: EnvSnapshot, *, seed: int | None = None) -> None:
         """Returns to a moment, in constant time.
 
         Args:
-            snapshot: Taken from this environment or from another of the same id.
+            snapshot: Taken from this environment or from another of the same id and settings.
             seed: New randomness for the turns that follow; `None` repeats them exactly.
 
         Raises:
-            ValueError: The snapshot is of another environment id or schema version, or the seed is negative. The
-                environment stays where it was.
+            ValueError: The snapshot is of another environment id, other settings or another schema version, or the seed is
+                negative. The environment stays where it was.
+            TypeError: The snapshot is no `EnvSnapshot`, or the seed no integer.
+            ClosedEnvironmentError: The environment was closed.
         """
+        if not isinstance(snapshot, EnvSnapshot):
+            raise TypeError(f"expected an EnvSnapshot, as snapshot() returns it, got {type(snapshot).__name__}")
+        if self._closed:
+            self._check_open()
         if snapshot.version != SCHEMA_VERSION:
             raise ValueError(
                 f"the snapshot has schema version {snapshot.version}, this release reads version {SCHEMA_VERSION}"
             )
-        if snapshot.env_id != self._env_id():
-            raise ValueError(f"the snapshot is of {snapshot.env_id!r}, this environment is {self._env_id()!r}")
+        spec, state = self.spec, snapshot.payload
+        env_id = type(self).__name__ if spec is None else spec.id
+        if snapshot.env_id != env_id:
+            raise ValueError(f"the snapshot is of {snapshot.env_id!r}, this environment is {env_id!r}")
+        if snapshot.config is not self._config and snapshot.config is not None:
+            self._check_config(snapshot.config)
+        if not isinstance(state, EpisodeState):
+            raise ValueError(f"the snapshot's payload is a {type(state).__name__}, expected an EpisodeState")
         if seed is not None:
+            seed = random_seed(seed)
             rng = np.random.default_rng(seed)
-            self._state = replace(snapshot.payload, key=int(rng.integers(MAX_KEY)))
-            self._np_random, self._np_random_seed = rng, seed
+            self._state = replace(state, key=int(rng.integers(MAX_KEY)))
+            self._random, self._np_random_seed = OwnGenerator(rng), seed
             return
-        if snapshot.random_state is not None:
-            self.np_random.bit_generator.state = snapshot.random_state
-        self._state = snapshot.payload
+        random_state = snapshot.random_state
+        if random_state is not None and random_state is not self._random.record:
+            self._own_generator().put(random_state)
+        self._state = state
+
+    def _check_config(self, theirs: Mapping[str, Any]) -> None:
+        ours, theirs, none = self.config, dict(theirs), "unknown"
+        if theirs == ours:
+            return
+        names = [name for name in ours | theirs if theirs.get(name, none) != ours.get(name, none)]
+        raise ValueError(
+            "the snapshot is of an environment with other settings: "
+            + ", ".join(f"{name} was {theirs.get(name, none)!r} and is {ours.get(name, none)!r}" for name in names)
+            + "; restore it into one that was made with the same arguments"
+        )
 
     def fork(self: Self) -> Self:
         """Returns an independent environment at the same moment; tasks, corpus and index are shared."""
+        self._check_open()
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         # What Gymnasium lets change besides the state: three generators.
-        for name in ("_np_random", "observation_space", "action_space"):
-            setattr(twin, name, copy.deepcopy(getattr(self, name)))
+        twin._random = OwnGenerator(copy.deepcopy(self._random.generator))
+        twin.observation_space, twin.action_space = copy.deepcopy((self.observation_space, self.action_space))
         return twin

@@ -133,8 +133,13 @@ class Outcome:
     components: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Mapping proxies do not pickle; plain dictionaries do."""
-        return Outcome, (self.is_correct, self.reward, dict(self.components))
+        """Mapping proxies do not pickle; what they stand for does."""
+        proxied = isinstance(self.components, MappingProxyType)
+        return _outcome, (self.is_correct, self.reward, dict(self.components) if proxied else self.components, proxied)
+
+
+def _outcome(is_correct: bool, reward: float, components: Mapping[str, float], proxied: bool) -> Outcome:
+    return Outcome(is_correct, reward, MappingProxyType(components) if proxied else components)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Policies: what turns prefixes into actions."""
 
-from agents.policies.base import EncodingPolicy, Policy, collect
+from agents.policies.base import Policy, collect
 from agents.policies.scripted import SCRIPTS, ScriptedPolicy
 from agents.policies.transformers_policy import TransformersPolicy
 
-__all__ = ["SCRIPTS", "EncodingPolicy", "Policy", "ScriptedPolicy", "TransformersPolicy", "collect"]
+__all__ = ["SCRIPTS", "Policy", "ScriptedPolicy", "TransformersPolicy", "collect"]

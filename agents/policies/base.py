@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-
 from allocation import Context, Forest, Sample, TreeAllocationWrapper
 
 
@@ -18,14 +16,6 @@ class Policy(Protocol):
 
     def act(self, contexts: Sequence[Context]) -> list[Sample]:
         """Returns one sampled action for each context, in order."""
-        ...
-
-
-class EncodingPolicy(Policy, Protocol):
-    """A policy that can also say how it sees a prompt before acting on it."""
-
-    def encode(self, contexts: Sequence[Context]) -> tuple[np.ndarray, int]:
-        """Returns the hidden state at the end of each context, float32 [n, d], and the number of tokens computed."""
         ...
 
 
@@ -55,5 +45,5 @@ def collect(
         for context, sample in zip(contexts, sampled, strict=True):
             actions[context.slot], samples[context.slot] = sample.text, sample
         with ledger.timed("step"):
-            envs.step(actions, samples)
+            envs.advance(actions, samples)
     return envs.forest

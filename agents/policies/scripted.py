@@ -54,6 +54,11 @@ class ScriptedPolicy:
         return [self._sample(context) for context in contexts]
 
     def _sample(self, context: Context) -> Sample:
+        if context.node.snapshot is None:
+            raise ValueError(
+                "a scripted policy reads the environment's state from the node's snapshot, and there is none; pass "
+                "keep_snapshots=True to TreeAllocationWrapper"
+            )
         state = context.node.snapshot.payload
         text = self._format.render(*self._script(state, self._rng))
         nothing = np.zeros(0, dtype=np.int64)

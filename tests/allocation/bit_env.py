@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import SyncVectorEnv
 
-from allocation import TreeAllocationWrapper
+from allocation import TraceAllocator, TraceConfig, TreeAllocationWrapper
 from trace_envs.snapshots import EnvSnapshot
 
 
@@ -84,6 +84,15 @@ class DepthPredictor:
 
 def bit_vector(num_envs=4, **kwargs):
     return SyncVectorEnv([lambda: BitEnv(**kwargs)] * num_envs)
+
+
+def trace(**config):
+    return TraceAllocator(DepthPredictor(), TraceConfig(**({"continuations": 1.0, "cap_per_rollout": None} | config)))
+
+
+def wrapped(num_envs=4, budget=32, allocator=None, **kwargs):
+    env = {k: kwargs.pop(k) for k in ("turns", "noise", "verdict", "as_dict") if k in kwargs}
+    return TreeAllocationWrapper(bit_vector(num_envs, **env), allocator=allocator or trace(), budget=budget, **kwargs)
 
 
 def follow_hints(observations, rng, trust=0.8):

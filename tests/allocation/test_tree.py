@@ -1,5 +1,7 @@
+import copy
 import itertools
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -35,6 +37,40 @@ def trees(draw, unfinished=True):
             rollout(inner[rng.integers(len(inner))], number, "continuation", True)
             number += 1
     return tree
+
+
+@settings(max_examples=100, deadline=None)
+@given(trees(), st.integers(0, 2**32 - 1))
+def test_sorting_gives_one_order_whichever_rollout_stepped_first(tree, seed):
+    rng = np.random.default_rng(seed)
+    # The same tree, its nodes added in another order that keeps parents first.
+    other, twin, waiting = Tree("q", 0, "prompt"), {0: 0}, [tree.nodes[c] for c in tree.root.children]
+    while waiting:
+        node = waiting.pop(int(rng.integers(len(waiting))))
+        made = other.add(other.nodes[twin[node.parent]], node.rollout, node.origin, reward=node.reward)
+        twin[node.id] = made.id
+        waiting += [tree.nodes[c] for c in node.children]
+    total = dict(zip(twin.values(), tree.returns()[list(twin)], strict=True))
+    before = [total[n.id] for n in other.nodes]
+    nodes = list(other.nodes)
+    other.sort()
+    tree.sort()
+    assert [n.id for n in other.nodes] == list(range(len(other.nodes))) and other.root.parent is None
+    assert [(n.rollout, n.depth) for n in other.nodes] == sorted((n.rollout, n.depth) for n in other.nodes)
+    for one, node in zip(tree.nodes, other.nodes, strict=True):
+        assert (one.id, one.parent, one.depth, one.rollout, one.origin, one.reward, one.children) == (
+            (node.id, node.parent, node.depth, node.rollout, node.origin, node.reward, node.children)
+        )
+        assert node.parent is None or (node.parent < node.id and node.id in other.nodes[node.parent].children)
+    assert sorted(map(id, nodes)) == sorted(map(id, other.nodes)), "a node was replaced"
+    assert np.allclose([other.returns()[n.id] for n in nodes], before)
+
+
+def test_a_forest_leaves_its_environments_behind_when_it_is_copied_or_pickled():
+    forest = Forest([Tree("q", 0, "prompt")], slots=object())
+    for twin in (copy.copy(forest), copy.deepcopy(forest), pickle.loads(pickle.dumps(forest))):
+        assert twin.slots is None and twin.trees[0].key == "q"
+    assert forest.slots is not None and Forest().slots is None
 
 
 def slow_return(tree, node):

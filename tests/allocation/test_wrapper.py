@@ -1,22 +1,12 @@
 import gymnasium as gym
 import numpy as np
 import pytest
-from bit_env import BitEnv, DepthPredictor, bit_vector, follow_hints, run, shape
+from bit_env import BitEnv, DepthPredictor, bit_vector, follow_hints, run, shape, trace, wrapped
 
 from agents.policies import ScriptedPolicy, collect
-from allocation import Root, Sample, TraceAllocator, TraceConfig, TreeAllocationWrapper, UniformAllocator
+from allocation import Root, Sample, TraceAllocator, TreeAllocationWrapper, UniformAllocator
 from trace_envs.multihop_qa.oracle import oracle_action
-from trace_envs.snapshots import SnapshotUnsupportedError
 from trace_envs.state import FinalAnswer, ToolCall
-
-
-def trace(**config):
-    return TraceAllocator(DepthPredictor(), TraceConfig(**({"continuations": 1.0, "cap_per_rollout": None} | config)))
-
-
-def wrapped(num_envs=4, budget=32, allocator=None, **kwargs):
-    env = {k: kwargs.pop(k) for k in ("turns", "noise", "verdict", "as_dict") if k in kwargs}
-    return TreeAllocationWrapper(bit_vector(num_envs, **env), allocator=allocator or trace(), budget=budget, **kwargs)
 
 
 def anchors(tree):
@@ -140,6 +130,7 @@ def test_info_says_where_each_slot_stands():
         for i, context in before.items():
             made = context.tree.nodes[context.node.children[-1]]
             if terminated[i]:
+                assert info["final_info"]["trace"]["node_id"][i] == made.id and info["final_info"]["_trace"][i]
                 assert info["_final_obs"][i] and np.array_equal(info["final_obs"][i], made.observation)
                 assert info["final_info"]["is_correct"][i] == made.is_correct
                 assert reward[i] == made.reward
@@ -170,6 +161,26 @@ def test_the_same_seed_gives_the_same_forest():
     envs = wrapped()
     run(envs, seed=3)
     assert shape(run(envs, seed=7)) == shape(first), "an earlier forest leaked into a seeded one"
+
+
+@pytest.mark.parametrize("allocator", [trace(), UniformAllocator(4)], ids=["trace", "grpo"])
+def test_the_number_of_slots_does_not_change_the_forest(allocator):
+    forests = []
+    for num_envs in (1, 3, 8, 50):
+        envs = TreeAllocationWrapper(bit_vector(num_envs, turns=6), allocator=allocator, budget=32)
+        _, info = envs.reset(seed=5)
+        while envs.active.any():
+            actions = [0] * num_envs
+            for context in envs.contexts():
+                # A function of (tree, rollout, turn), so that the rollouts of one prompt differ.
+                numbers = [context.tree.index, int(info["trace"]["rollout"][context.slot]), context.node.depth]
+                actions[context.slot] = int(np.random.default_rng(numbers).integers(2))
+            _, _, _, _, info = envs.step(actions)
+        for tree in envs.forest:
+            tree.sort()
+        forests.append((shape(envs.forest), [t.rollout_seeds for t in envs.forest], envs.forest.ledger.counts()))
+        assert all(len(set(t.rollout_seeds)) == t.num_rollouts and None not in t.rollout_seeds for t in envs.forest)
+    assert all(forest == forests[0] for forest in forests[1:])
 
 
 def test_without_a_seed_forests_go_on():
@@ -250,45 +261,3 @@ def test_a_context_that_did_not_fit_is_not_counted_as_reused():
         obs, *_ = envs.step(follow_hints(obs, follow), [given])
         assert ledger.cached_tokens == cached
     assert ledger.generated_tokens == 8 and ledger.prefilled_tokens == 18
-
-
-def test_wrong_use_is_named():
-    envs = wrapped(3)
-    with pytest.raises(RuntimeError, match=r"call reset\(\) before step\(\)"):
-        envs.step([0, 0, 0])
-    envs.reset(seed=0)
-    with pytest.raises(ValueError, match="expected 3 actions, one for each slot, got 2"):
-        envs.step([0, 0])
-    with pytest.raises(ValueError, match="budget must be at least 1 rollout, got 0"):
-        wrapped(budget=0)
-    with pytest.raises(ValueError, match=r"unknown allocator 'pso'; known: grpo, trace"):
-        TreeAllocationWrapper(BitEnv(), allocator="pso")
-    with pytest.raises(
-        ValueError, match=r"budget 3 is smaller than one group of m_min=4: raise the budget or lower m_min"
-    ):
-        wrapped(budget=3).reset(seed=0)
-    with pytest.raises(
-        TypeError, match=r'expected a SyncVectorEnv or a single environment, got str.*vectorization_mode="sync"'
-    ):
-        TreeAllocationWrapper("BitEnv")
-    with pytest.raises(SnapshotUnsupportedError, match="CartPoleEnv cannot be branched"):
-        TreeAllocationWrapper(gym.make("CartPole-v1"), allocator="grpo", budget=8).reset(seed=0)
-
-
-def test_an_asynchronous_vector_is_refused():
-    vector = gym.vector.AsyncVectorEnv([BitEnv])
-    try:
-        with pytest.raises(
-            TypeError, match=r'got AsyncVectorEnv; make it with gym.make_vec.*vectorization_mode="sync"'
-        ):
-            TreeAllocationWrapper(vector)
-    finally:
-        vector.close()
-
-
-def test_an_environment_without_a_verdict_needs_success():
-    with pytest.raises(ValueError, match=r"gives no info\['is_correct'\].*pass success="):
-        run(wrapped(verdict=False))
-    forest = run(wrapped(verdict=False, success=lambda total, info: total > 0.5))
-    assert {leaf.is_correct for t in forest for leaf in t.leaves()} == {True, False}
-    assert all(leaf.is_correct == (leaf.reward > 0.5) for t in forest for leaf in t.leaves())

@@ -5,9 +5,12 @@ Invariant: a data set is immutable, its task ids and its passage titles are thos
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from trace_envs.snapshots.codec import register
 from trace_envs.state import Task
 
 
@@ -77,6 +80,20 @@ class QADataset:
         if len(self._index) != len(self.tasks):
             raise ValueError(f"data set {self.name!r} has duplicate task ids")
 
+    @cached_property
+    def digest(self) -> str:
+        """A digest of everything that questions and passages say, in hex; computed once."""
+        made = hashlib.blake2b(digest_size=16)
+        for record in (*self.tasks, *self.passages):
+            # The text is unambiguous: every field is a string, a number or a tuple of these.
+            made.update(repr(record).encode("utf-8", "surrogatepass"))
+        return made.hexdigest()
+
+    @cached_property
+    def positions(self) -> tuple[int, ...]:
+        """The positions of the passages, one number object for each, which all states share: they hold many."""
+        return tuple(range(len(self.passages)))
+
     def task(self, task_id: str) -> QATask:
         """Returns the task of that id.
 
@@ -90,3 +107,7 @@ class QADataset:
             raise ValueError(
                 f"data set {self.name!r} has no task {task_id!r}; it holds {len(self.tasks)} ids such as {example!r}"
             ) from None
+
+
+register(QATask, "QATask")
+register(Step, "QAStep")

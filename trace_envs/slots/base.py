@@ -37,7 +37,8 @@ class Opened:
         observation: First observation.
         info: First info.
         snapshot: The first moment.
-        facts: What is known of the task and worth keeping (plain data): `max_turns`, `hops`, `kind` where they exist.
+        facts: What is known of the task and worth keeping (plain data): `max_turns`, `hops`, `kind`, `answers` where they
+            exist.
         carried: State that the wrappers brought with them from earlier episodes, to open this episode again as it was
             (`NormalizeObservation` keeps its means); empty where no wrapper brings any.
     """
@@ -101,15 +102,22 @@ class Slots(ABC):
 
     @abstractmethod
     def restore(self, slot: int, snapshot: EnvSnapshot, seed: int | None) -> None:
-        """Puts one environment back to a snapshot taken in any slot; see `trace_envs.restore`."""
+        """Puts one environment back to a snapshot taken in any slot; see `trace_envs.restore`.
+
+        Environments in processes of their own are restored while the caller goes on, all at the same time; what goes wrong
+        there is raised by the next call on the slot.
+        """
 
     @abstractmethod
     def reseed(self, slot: int, seed: int) -> None:
-        """Gives what is random from here on a new seed; see `trace_envs.reseed`."""
+        """Gives what is random from here on a new seed; see `trace_envs.reseed`. Errors come as those of `restore` do."""
 
     @abstractmethod
     def step(self, actions: Mapping[int, Any], keep: Collection[int] = ()) -> dict[int, Result]:
         """Steps the environments named, all at the same time where they have processes of their own.
+
+        What is returned is the caller's own: observations, and the containers and arrays of infos, are copies. When an
+        environment raises, what other environments gave in the same call is lost; `step_one` keeps each apart.
 
         Args:
             actions: An action for each slot that is to step.
@@ -117,6 +125,22 @@ class Slots(ABC):
 
         Raises:
             Exception: Whatever an environment raised, with a note that names the slot.
+        """
+
+    @abstractmethod
+    def step_one(self, slot: int, action: Any, keep: bool, timeout: float | None = None) -> Result:
+        """Steps one environment; slots may be stepped at the same time from different threads.
+
+        Args:
+            slot: Which.
+            action: What to do there.
+            keep: Whether the snapshot is wanted after the step, if the episode goes on.
+            timeout: Seconds to wait for an environment in a process of its own. Environments in this process cannot be
+                interrupted: there it has no effect, and a caller that must not wait steps them in a thread.
+
+        Raises:
+            TimeoutError: The step took longer; `replace` the slot before it is used again.
+            Exception: Whatever the environment raised, with a note that names the slot.
         """
 
     @abstractmethod

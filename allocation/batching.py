@@ -1,0 +1,108 @@
+"""Between a batch and its slots: actions taken apart, observations put together, values kept.
+
+Invariant: what is kept or handed out shares no memory with what the caller or an environment may use again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+
+# Types whose instances are values as they are.
+IMMUTABLE = frozenset({type(None), bool, int, float, complex, str, bytes} | set(np.sctypeDict.values()) - {np.void})
+
+
+def value(thing: Any) -> Any:
+    """Returns an action as a value: arrays are copied, whatever is immutable is not."""
+    kind = type(thing)
+    if kind in IMMUTABLE:
+        return thing
+    if kind is np.ndarray and thing.dtype != object:
+        return thing.copy()
+    if kind is dict:
+        return {key: value(item) for key, item in thing.items()}
+    if kind is tuple:
+        return tuple(map(value, thing))
+    return copy.deepcopy(thing)
+
+
+def single_actions(actions: Any, batched: gym.Space, num_envs: int) -> list[Any]:
+    """Takes a batch of actions apart.
+
+    Args:
+        actions: A list with one action for each slot, or a batch as `batched.sample()` gives it: rows of an array, a
+            dictionary of arrays, a tuple of arrays (or of single actions, where those cannot be stacked: text).
+        batched: The batched action space.
+        num_envs: Number of slots.
+
+    Raises:
+        ValueError: It is neither, or not one action for each slot.
+    """
+    if isinstance(actions, list):
+        items = actions
+    elif isinstance(actions, tuple) and not isinstance(batched, gym.spaces.Tuple):
+        items = list(actions)
+    else:
+        try:
+            if isinstance(actions, str):
+                raise TypeError("a text is one action")
+            items = list(iterate(batched, actions))
+        except (TypeError, KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"the actions are no batch of {batched} ({type(error).__name__}: {error}); give what "
+                f"envs.action_space.sample() gives, or a list with one action for each slot"
+            ) from error
+    if len(items) != num_envs:
+        raise ValueError(f"expected {num_envs} actions, one for each slot, got {len(items)}")
+    return items
+
+
+def placeholder(space: gym.Space) -> Any:
+    """Returns what an idle slot shows: zeros, or the empty text; of a space that Gymnasium cannot batch, any element."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: placeholder(part) for key, part in space.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        return tuple(map(placeholder, space))
+    blank: Any = create_empty_array(space, n=1)
+    if blank is None:
+        own = copy.deepcopy(space)  # whoever uses the space is not to find its generator moved
+        own.seed(0)
+        return own.sample()
+    return next(iter(iterate(batch_space(space, 1), blank)))
+
+
+def batch_observations(items: Sequence[Any], space: gym.Space) -> Any:
+    """Puts the observations of all slots together, in memory of their own.
+
+    Raises:
+        ValueError: An observation does not fit the space; the message names the slot.
+    """
+    try:
+        if isinstance(space, gym.spaces.Box) and space.shape:
+            # What `concatenate` does, without its work for each item: this is in every step.
+            if {item.shape for item in items} != {space.shape}:
+                raise ValueError("an observation has another shape than the space")
+            batch = np.empty((len(items), *space.shape), space.dtype)
+            np.concatenate(items, out=batch.reshape(-1, *space.shape[1:]))
+            return batch
+        empty: Any = create_empty_array(space, n=len(items))
+        return concatenate(space, items, empty)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        for slot, item in enumerate(items):
+            if item not in space:
+                raise ValueError(
+                    f"the observation of slot {slot} does not fit the environment's observation_space {space}: got "
+                    f"{_describe(item)}; an environment must keep to the space that it declared"
+                ) from error
+        raise
+
+
+def _describe(item: Any) -> str:
+    if isinstance(item, np.ndarray):
+        return f"an array of shape {item.shape} and dtype {item.dtype}"
+    return f"{type(item).__name__} {item!r:.80}"
