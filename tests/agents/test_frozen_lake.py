@@ -43,9 +43,9 @@ def batch(forest, sampled, credit):
     for tree in forest:
         given = credit(tree)
         for node in tree.nodes[1:]:
-            state = tree.nodes[node.parent].observation
-            weight = given.weight[node.id] / len(forest)
-            rows.append((int(state), int(node.action), sampled[tree.index, node.rollout, node.depth], given.advantage[node.id], weight))
+            state, action = int(tree.nodes[node.parent].observation), int(node.action)
+            old = sampled[tree.index, node.rollout, node.depth]
+            rows.append((state, action, old, given.advantage[node.id], given.weight[node.id] / len(forest)))
     states, actions, *rest = zip(*rows, strict=True)
     return torch.tensor(states), torch.tensor(actions), *(torch.tensor(x, dtype=torch.float32) for x in rest)
 

@@ -47,6 +47,11 @@ def held(env: gym.Env) -> list[Any]:
     ]
 
 
+def arrays(observation: Any) -> Any:
+    """Tensors as arrays, which can be compared."""
+    return observation.numpy() if type(observation).__name__ == "Tensor" else observation
+
+
 def play(env: gym.Env, actions: list[Any]) -> list[Any]:
     """What an episode gives, and what the wrappers hold after each step."""
     seen: list[Any] = []
@@ -54,7 +59,27 @@ def play(env: gym.Env, actions: list[Any]) -> list[Any]:
         observation, reward, terminated, truncated, info = copy.deepcopy(env.step(action))
         if isinstance(info.get("episode"), dict):
             assert info["episode"].pop("t", 0.0) >= 0
-        seen.append((observation, reward, terminated, truncated, info, held(env)))
+        seen.append((arrays(observation), reward, terminated, truncated, info, held(env)))
         if (terminated or truncated) and not isinstance(env, gw.Autoreset):
             break
     return seen
+
+
+class Tally(gym.Wrapper):
+    """Says itself what its state is; the rest could not be copied."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.seen: list[int] = []
+        self.stream = (i for i in range(3))
+
+    def step(self, action: Any) -> Any:
+        self.seen.append(action)
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, reward, terminated, truncated, {**info, "seen": list(self.seen)}
+
+    def get_wrapper_state(self) -> list[int]:
+        return self.seen
+
+    def set_wrapper_state(self, state: list[int]) -> None:
+        self.seen = state

@@ -13,7 +13,7 @@ import minigrid.wrappers
 import numpy as np
 import pytest
 from gymnasium import wrappers as gw
-from stack_tools import cart, half, play
+from stack_tools import Tally, cart, half, play
 
 import trace_envs
 from trace_envs import SnapshotUnsupportedError
@@ -76,26 +76,6 @@ def test_an_unknown_wrapper_is_carried_by_its_attributes() -> None:
     seeded.append([step[4]["draws"] for step in play(env, [0, 1])])
     assert seeded[0] == seeded[1] == seeded[3] != seeded[2]
     assert seeded[0][0][0] != env.np_random.random() and seeded[0][0] != expected[0]["draws"]
-
-
-class Tally(gym.Wrapper):
-    """Says itself what its state is; the rest could not be copied."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.seen: list[int] = []
-        self.stream = (i for i in range(3))
-
-    def step(self, action: Any) -> Any:
-        self.seen.append(action)
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        return observation, reward, terminated, truncated, {**info, "seen": list(self.seen)}
-
-    def get_wrapper_state(self) -> list[int]:
-        return self.seen
-
-    def set_wrapper_state(self, state: list[int]) -> None:
-        self.seen = state
 
 
 def test_a_wrapper_may_say_what_its_state_is() -> None:

@@ -18,7 +18,7 @@ from gymnasium.error import ClosedEnvironmentError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lock_env import LISTEN, OPEN, dial
-from stack_tools import cart, half, held, layers, play
+from stack_tools import Tally, arrays, cart, half, held, layers, play
 
 import trace_envs
 from trace_envs import SnapshotUnsupportedError, SnapshotWrapper
@@ -140,6 +140,20 @@ def test_branches_and_forks_of_every_wrapper_are_independent(name: str) -> None:
             if not (seen and (seen[-1][2] or seen[-1][3])) or name == "Autoreset":
                 seen += play(someone, [actions[i]])
     assert difference(shown, [futures[0], futures[1], futures[0]]) is None
+
+
+def test_nothing_else_outlives_a_reset() -> None:
+    """What `carried_state` lists for Gymnasium's wrappers is all that a reset does not make anew."""
+    for name, make in STACKS.items():
+        used, fresh = make(), make()
+        used.action_space.seed(0)
+        used.reset(seed=1)
+        play(used, [used.action_space.sample() for _ in range(4)])
+        restore_carried(fresh, carried_state(used))
+        results = [(arrays(observation), info) for observation, info in (env.reset(seed=2) for env in (used, fresh))]
+        assert difference(results[0], results[1]) is None, name
+        if name != "AtariPreprocessing":  # which looks at what it keeps only after it has written it
+            assert difference(held(used), held(fresh)) is None, name
 
 
 def test_the_table_knows_every_attribute_of_the_installed_release() -> None:
@@ -345,6 +359,17 @@ def test_a_wrapper_of_another_release_is_named() -> None:
             SnapshotUnsupportedError, match=r"TimeLimit of Gymnasium .* has no attribute '_elapsed_steps'"
         ):
             attempt()
+
+
+def test_an_attribute_that_somebody_added_is_carried() -> None:
+    env = gw.ClipReward(hill(), -1.0, 1.0)
+    env.reset(seed=0)
+    env.note = [1]
+    taken = trace_envs.snapshot(env)
+    env.note.append(2)
+    trace_envs.restore(env, taken)
+    assert env.note == [1]
+    assert kind_of(gw.ClipReward(hill(), -1.0, 1.0)) is KNOWN["ClipReward"]
 
 
 @pytest.mark.parametrize("make", [cart, lambda: gym.make("Lock-v0"), lambda: SnapshotWrapper(cart().unwrapped)])

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import gymnasium as gym
+import lock_env
 import numpy as np
 import pytest
 from gymnasium import wrappers as gw
-from stack_tools import cart, half, play
+from stack_tools import Tally, cart, half, play
 
 import trace_envs
 from trace_envs import Replayable, SnapshotUnsupportedError, SnapshotWrapper
 from trace_envs.snapshots import EnvSnapshot
 from trace_envs.snapshots.compare import difference
+
+lock_env.register()
 
 # Forks ----------------------------------------------------------------------------------------------------------------
 
@@ -29,6 +32,23 @@ def test_an_environment_without_a_spec_is_forked_by_its_attributes() -> None:
     assert twin.observation_space is not env.observation_space
     expected = play(twin, [1, 0, 1, 1]), twin.reset()
     assert difference((play(env, [1, 0, 1, 1]), env.reset()), expected) is None
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v5", "FrozenLake-v1", "Taxi-v4", "Lock-v0"])
+def test_registered_environments_are_forked(env_id: str) -> None:
+    env = gw.RecordEpisodeStatistics(gym.make(env_id), stats_key="statistics")
+    env.action_space.seed(3)
+    env.reset(seed=2)
+    actions = [env.action_space.sample() for _ in range(8)]
+    play(env, actions[:3])
+    twin = trace_envs.fork(env)
+    assert str(twin) == str(env) and twin.spec == env.spec and twin.unwrapped is not env.unwrapped
+    futures = []
+    for someone in (twin, env):
+        steps = play(someone, actions[3:])
+        steps[-1][4].pop("statistics", None)
+        futures.append((steps, someone.reset()))
+    assert difference(futures[0], futures[1]) is None
 
 
 class StateOnly(gym.Env):

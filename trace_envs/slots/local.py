@@ -71,6 +71,7 @@ class LocalSlots(Slots):
         self._make, self._replay, self._owner = make, replay, owner
         self._closed = False
         self._replayed = 0  # by environments that have been replaced
+        self._replaying = "Replayable" in self._slots[0].description.wrappers  # all stacks are alike
         self.num_slots = len(self._slots)
         self._first = first = self._slots[0].description
         self.spec, self.metadata = self._slots[0].env.spec, first.metadata
@@ -116,6 +117,8 @@ class LocalSlots(Slots):
 
     def replayed_turns(self) -> int:
         """Returns how many turns were repeated."""
+        if not self._replaying:  # the usual case, asked for after every tree
+            return self._replayed
         return self._replayed + sum(slot.replayed_turns() for slot in self._slots)
 
     def replace(self, slot: int) -> None:

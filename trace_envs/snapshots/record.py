@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 2
+ELAPSED = "elapsed_seconds"
+"""Time that an episode has taken so far, in the state of `RecordEpisodeStatistics`: the only clock in a snapshot."""
 
 
 class _Layout:
@@ -108,8 +110,14 @@ class EnvSnapshot(_Layout):
         return made
 
     def state(self) -> dict[str, Any]:
-        """Returns the attributes that make up the state, by name."""
-        return {name: getattr(self, name) for name in _STATE}
+        """Returns the attributes that make up the state, by name: without what an episode has taken of the clock's time."""
+        state = {name: getattr(self, name) for name in _STATE}
+        state["wrappers"] = tuple(
+            (name, {key: value for key, value in held.items() if key != ELAPSED}) for name, held in self.wrappers
+        )
+        if isinstance(self.payload, EnvSnapshot):
+            state["payload"] = self.payload.state()
+        return state
 
     @property
     def digest(self) -> str:

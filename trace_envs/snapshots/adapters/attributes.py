@@ -121,7 +121,7 @@ class AttributeCopy(Foreign):
                     spaces[name] = states
                 del values[name]
             elif is_rendering(value):
-                del values[name]
+                values[name] = None  # as it is before anything was drawn; whoever has a window keeps it
             else:
                 values[name] = copier.attribute(name, value)
                 if type(values[name]) not in ATOMS:
