@@ -140,7 +140,7 @@ class Collection:
         success: Success = default_success,
         keep_snapshots: bool = False,
     ):
-        self.forest = Forest(slots=slots)
+        self.forest = Forest(slots=slots, success=success)
         self._slots = slots
         self._allocator = allocator
         self._budget = budget

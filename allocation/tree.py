@@ -285,15 +285,17 @@ class Forest:
         trees: The trees.
         ledger: What they cost.
         slots: The environments that they were collected with; not copied or pickled along.
+        success: What said which outcomes are successes; not copied or pickled along.
     """
 
     trees: list[Tree] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
     slots: Slots | None = field(default=None, repr=False, compare=False)
+    success: Callable[[float, dict[str, Any]], bool] | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the environments behind: they may be processes."""
-        return {**self.__dict__, "slots": None}
+        return {**self.__dict__, "slots": None, "success": None}
 
     def __iter__(self) -> Iterator[Tree]:
         return iter(self.trees)
@@ -316,7 +318,7 @@ class Forest:
 
         Args:
             envs: Where to do it; `None` takes the environments that the forest was collected with.
-            success: The function that said what a success is, if it was not `info["is_correct"]`.
+            success: What says which outcomes are successes; `None` takes the function that the forest was collected with.
 
         Raises:
             ForestVerificationError: The first difference, with its tree, node and turn.

@@ -96,7 +96,8 @@ def verify(
         envs: Where to do it: slots, a vector or one environment, with the wrappers that the forest was collected with.
             `None` takes the environments that it was collected with; recorded episode statistics then count the repetitions
             too.
-        success: The function that said what a success is, if it was not `info["is_correct"]`.
+        success: The function that said what a success is; `None` takes the one that the forest was collected with, or
+            `info["is_correct"]` where that is not known (it is neither copied nor pickled with the forest).
 
     Returns:
         What was compared.
@@ -106,6 +107,7 @@ def verify(
         ValueError: There is no environment, it is still in use, or the forest was not collected by a driver of this package.
     """
     slots = _slots(forest, envs)
+    success = success or forest.success
     paths = _paths(forest)
     walks: dict[int, _Walk] = {}
     count = turns = verdicts = 0
@@ -155,7 +157,9 @@ def _paths(forest: Forest) -> Iterator[_Walk]:
     for tree in forest:
         for node in tree.nodes:
             if not node.children:
-                yield _Walk(tree, tree.path(node))
+                # A step that ran out of time has no result to compare, and may take as long again.
+                timed_out = (node.components or {}).get("timed_out")
+                yield _Walk(tree, tree.path(node)[: -1 if timed_out else None])
 
 
 def _begin(slots: Slots, slot: int, walk: _Walk) -> None:
@@ -198,7 +202,7 @@ def _compare(slots: Slots, slot: int, walk: _Walk, result: Result, success: Succ
     total = sum(n.reward for n in walk.nodes)
     correct = bool(result.info["is_correct"] if success is None else success(total, result.info))
     if correct != node.is_correct:
-        advice = "if success=... said what a success is, pass the same function to allocation.verify.verify"
+        advice = "if another success=... said what a success is, pass it: forest.verify(success=...)"
         _fail(walk, f"is_correct: {node.is_correct} != {correct}", advice)
     return 1
 

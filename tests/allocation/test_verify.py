@@ -117,9 +117,13 @@ def test_forests_of_foreign_environments_are_verified(make):
     # A second forest begins where the first one left the wrappers.
     for _ in range(2):
         assert has_continuations(forest)
-        trees, paths, turns, _ = expected(forest)
-        assert forest.verify() == VerifyReport(trees, paths, turns, 0)
-        assert verify(forest, make(), success=lambda total, info: total > 10) == VerifyReport(*expected(forest))
+        trees, paths, turns, verdicts = expected(forest)
+        assert verdicts > 0 and forest.verify() == VerifyReport(trees, paths, turns, verdicts)
+        sent = pickle.loads(
+            pickle.dumps(forest)
+        )  # which leaves the measure of success behind, and no info has a verdict
+        assert sent.verify(make()) == VerifyReport(trees, paths, turns, 0)
+        assert verify(sent, make(), success=lambda total, info: total > 10) == VerifyReport(*expected(forest))
         forest = sample(envs, seed=1)
 
 
@@ -287,6 +291,7 @@ def test_whatever_was_changed_is_found_where_it_is(name):
 def test_another_measure_of_success_is_passed_along():
     envs = wrapped(bit_vector(3), success=lambda total, info: not info["is_correct"])
     forest = run(envs)
+    assert forest.verify() == VerifyReport(*expected(forest))
     assert verify(forest, success=lambda total, info: not info["is_correct"]) == VerifyReport(*expected(forest))
     with pytest.raises(ForestVerificationError, match=r"is_correct: (True != False|False != True)"):
         verify(forest, success=lambda total, info: info["is_correct"])
