@@ -85,6 +85,8 @@ def batch_observations(items: Sequence[Any], space: gym.Space) -> Any:
     try:
         if isinstance(space, gym.spaces.Box) and space.shape:
             # What `concatenate` does, without its work for each item: this is in every step.
+            if not all(isinstance(item, np.ndarray) for item in items):
+                items = [np.asarray(item, space.dtype) for item in items]
             if {item.shape for item in items} != {space.shape}:
                 raise ValueError("an observation has another shape than the space")
             batch = np.empty((len(items), *space.shape), space.dtype)

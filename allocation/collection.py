@@ -9,6 +9,7 @@ randomness of a rollout is a function of the collection's seed, its tree and its
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -19,7 +20,7 @@ import numpy as np
 from allocation.allocators import Allocator
 from allocation.batching import IMMUTABLE, value
 from allocation.scheduler import Job, Scheduler
-from allocation.tree import Forest, Node, Root, Sample, Tree
+from allocation.tree import Forest, Node, Root, Sample, Tree, total_reward
 from trace_envs.slots import Result, Slots
 
 MAX_SEED = 2**31 - 1
@@ -82,6 +83,12 @@ def rollout_seed(entropy: int, tree: int, rollout: int) -> int:
     # A hash, not a generator: making a generator takes longer than a step of a small environment.
     digest = blake2b(f"{entropy} {tree} {rollout}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % MAX_SEED
+
+
+def _count_in(info: dict[str, Any], name: str) -> int:
+    """Returns a count that environments of this package report; one of another package may mean something else by the name."""
+    count = info.get(name, 0)
+    return int(count) if isinstance(count, int | np.integer) else 0
 
 
 class noted:
@@ -189,7 +196,7 @@ class Collection:
         if self._closed:
             raise RuntimeError("the collection was closed while its candidates were opened")
         with noted(lambda: f"opening a prompt by reset(seed={root.seed}, options={root.options})"):
-            opened = self._slots.open(slot, root.seed, root.options)
+            opened = self._slots.open(slot, root.seed, copy.deepcopy(root.options))  # it may take them apart
         known = {"seed": root.seed, **opened.facts}
         key = str(opened.info.get("task_id", root.seed))
         tree = Tree(key, -1, opened.observation, known, start=root, carried=opened.carried)
@@ -234,7 +241,7 @@ class Collection:
             ledger.root_rollouts += 1
         else:
             ledger.continuations += 1
-        return Rollout(slot, job, seed, node, node.observation, node.info or {}, sum(n.reward for n in tree.path(node)))
+        return Rollout(slot, job, seed, node, node.observation, node.info or {}, total_reward(tree.path(node)))
 
     def record(self, rollout: Rollout, action: Any, sample: Sample | None, result: Result) -> bool:
         """Adds the edge that a step made and moves the rollout on; returns whether the rollout is over."""
@@ -269,17 +276,19 @@ class Collection:
             nodes.append(node)
             parent.children += (number,)
             if info:
-                ledger.tool_calls += int(info.get("tool_calls", 0)) - int(rollout.info.get("tool_calls", 0))
-                node.tool_errors = int(info.get("tool_errors", 0))
+                ledger.tool_calls += _count_in(info, "tool_calls") - _count_in(rollout.info, "tool_calls")
+                node.tool_errors = _count_in(info, "tool_errors")
                 node.tool_error = bool(info.get("tool_error", False))
             rollout.observation, rollout.info = observation, info
             rollout.total_reward += reward
             if terminated or truncated:
-                with noted(lambda rollout=rollout: f"in {rollout.where}: the end of the episode"):  # type: ignore[misc]
-                    node.is_correct = bool(self._success(rollout.total_reward, info))
-                node.components = info.get("reward_components")
-                self._finish(job)
                 ended.append(rollout)
+        for rollout in ended:  # once all edges are there: the verdict may raise
+            node = rollout.node
+            with noted(lambda rollout=rollout: f"in {rollout.where}: the end of the episode"):  # type: ignore[misc]
+                node.is_correct = bool(self._success(rollout.total_reward, rollout.info))
+            node.components = rollout.info.get("reward_components")
+            self._finish(rollout.job)
         return ended
 
     def _count(self, tree: Tree, parent: Node, sample: Sample) -> None:

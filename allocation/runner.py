@@ -32,10 +32,11 @@ from gymnasium.vector import VectorEnv
 
 from allocation.allocators import Allocator, make_allocator
 from allocation.asking import AsyncFunction, AsyncPolicy, Batches, BatchPolicy, RolloutError, act_of, blamed, error_at
+from allocation.batching import value
 from allocation.collection import Collection, Encode, Rollout, Success, default_success, random_seeds
 from allocation.predictor import Predictor
 from allocation.threads import Worker
-from allocation.tree import Forest, Root, Sample
+from allocation.tree import TIMED_OUT, Forest, Root, Sample
 from trace_envs.slots import LocalSlots, Result, SlotError, Slots, make_slots
 
 __all__ = ["AsyncPolicy", "AsyncRunner", "BatchPolicy", "RolloutError"]
@@ -112,6 +113,7 @@ class AsyncRunner:
         self._policy_worker = Worker("policy")
         # Slots whose environment is beyond use although its thread is not held up: processes that died or were given up.
         self._broken: set[int] = set()
+        self._replacing: dict[int, asyncio.Task[bool]] = {}
 
     async def run(
         self,
@@ -200,11 +202,21 @@ class AsyncRunner:
 
     async def _usable(self) -> list[int]:
         """Returns the slots that can be used; replaces environments that are in the middle of something, or broken."""
-        held_up = [worker.busy or slot in self._broken for slot, worker in enumerate(self._workers)]
-        return [slot for slot, held in enumerate(held_up) if not held or await self._replace(slot)]
+        held_up = [i for i, worker in enumerate(self._workers) if worker.busy or i in self._broken]
+        held_up += self._replacing.keys() - set(held_up)
+        replaced = dict(zip(held_up, await asyncio.gather(*map(self._replace, held_up)), strict=True))
+        return [slot for slot in range(self.slots.num_slots) if replaced.get(slot, True)]
 
     async def _replace(self, slot: int) -> bool:
         """Leaves a slot's environment and thread to themselves and makes others; returns whether that was possible."""
+        task = self._replacing.get(slot)
+        if task is None:
+            task = self._replacing[slot] = asyncio.create_task(self._make_another(slot))
+            task.add_done_callback(lambda _: self._replacing.pop(slot, None))
+        # A replacement that has begun is finished, whoever stops waiting for it: two at once would lose an environment.
+        return await asyncio.shield(task)
+
+    async def _make_another(self, slot: int) -> bool:
         worker = Worker(f"slot {slot}")
         try:
             await worker.call(self.slots.replace, slot)
@@ -280,8 +292,9 @@ class _Run:
         over = False
         while not over:
             answer = await self._ask(rollout)
-            action, sample = (answer.text, answer) if isinstance(answer, Sample) else (answer, None)
-            result = await self._step(rollout, action)
+            action, sample = (answer.text, answer) if isinstance(answer, Sample) else (value(answer), None)
+            # The environment gets a copy: it may change its argument, which is still to be recorded.
+            result = await self._step(rollout, value(action))
             with blamed(rollout, 0, "the verdict on the episode"):
                 over = self._collection.record(rollout, action, sample, result)
         if rollout.job.tree.finished:
@@ -294,9 +307,16 @@ class _Run:
         runner, node = self._runner, rollout.node
         limit = None if runner.step_timeout is None else runner.step_timeout * (node.depth + 1)
         what = "going back to this node" + ("" if limit is None else f" (within {limit:g} s)")
+        # Environments in processes keep the time themselves, as in a step.
+        local = isinstance(runner.slots, LocalSlots)
         with blamed(rollout, 0, what), self._ledger.timed("restore"):
-            async with asyncio.timeout(limit):
-                await runner._in_slot(rollout.slot, runner.slots.restore, rollout.slot, node.snapshot, rollout.seed)
+            async with asyncio.timeout(limit if local else None):
+                await runner._in_slot(rollout.slot, self._go_back, rollout, limit)
+
+    def _go_back(self, rollout: Rollout, limit: float | None) -> None:
+        slots = self._runner.slots
+        slots.restore(rollout.slot, rollout.node.snapshot, rollout.seed)
+        slots.settle(rollout.slot, limit)
 
     async def _ask(self, rollout: Rollout) -> Any:
         if self._batches is not None:
@@ -331,4 +351,4 @@ class _Unanswered(dict[str, Any]):
 
     @classmethod
     def after(cls, info: dict[str, Any]) -> _Unanswered:
-        return cls(info, is_correct=False, tool_error=False, reward_components={"timed_out": 1.0})
+        return cls(info, is_correct=False, tool_error=False, reward_components=dict(TIMED_OUT))

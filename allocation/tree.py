@@ -9,7 +9,7 @@ prompt, a *continuation* at an inner prefix; both end at a terminal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Origin = Literal["root", "continuation"]
 FORMAT_VERSION = 1
+TIMED_OUT = {"timed_out": 1.0}
+"""Components of the outcome of a rollout that was ended because its environment did not answer in time."""
 
 
 @dataclass(slots=True)
@@ -120,6 +122,14 @@ class Root(NamedTuple):
 
     seed: int
     options: dict[str, Any] | None = None
+
+
+def total_reward(path: Sequence[Node]) -> float:
+    """Returns the return of a path, added up from the root as a rollout does (`sum` rounds otherwise in newer Pythons)."""
+    total = 0.0
+    for node in path:
+        total += node.reward
+    return total
 
 
 class Tree:

@@ -9,6 +9,7 @@ A path is the way from a root to a node without children. The randomness of a ro
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -17,8 +18,8 @@ import gymnasium as gym
 from gymnasium.vector import VectorEnv
 
 from allocation.batching import value
-from allocation.tree import Forest, Node, Tree
-from trace_envs.slots import Opened, Result, Slots, make_slots
+from allocation.tree import TIMED_OUT, Forest, Node, Tree, total_reward
+from trace_envs.slots import LocalSlots, Opened, Result, Slots, make_slots
 from trace_envs.snapshots.compare import difference
 
 REPEATS = 3
@@ -122,7 +123,7 @@ def verify(
             return VerifyReport(len(forest), count, turns, verdicts)
         for slot, walk in walks.items():
             _reseed(slots, slot, walk)
-        actions = {slot: walk.nodes[walk.taken + 1].action for slot, walk in walks.items()}
+        actions = {slot: value(walk.nodes[walk.taken + 1].action) for slot, walk in walks.items()}
         for slot, result in slots.step(actions).items():
             walk = walks[slot]
             walk.taken += 1
@@ -145,12 +146,19 @@ def _slots(forest: Forest, envs: Slots | VectorEnv | gym.Env | None) -> Slots:
             "pass one: forest.verify(gym.make(...)), with the same wrappers"
         )
     slots = make_slots(chosen)
-    if slots is forest.slots and not all(tree.finished for tree in forest):
+    if _shared(slots, forest.slots) and not all(tree.finished for tree in forest):
         raise ValueError(
-            "the forest is still being collected, and verifying would move its environments; pass another one, with the "
-            "same wrappers: forest.verify(gym.make(...))"
+            "the forest is not finished, and verifying would move the environments that it is being collected with; pass "
+            "another one, with the same wrappers: forest.verify(gym.make(...))"
         )
     return slots
+
+
+def _shared(one: Slots, other: Slots | None) -> bool:
+    """Whether the slots have an environment in common."""
+    if isinstance(one, LocalSlots) and isinstance(other, LocalSlots):
+        return bool({id(env.unwrapped) for env in one.envs} & {id(env.unwrapped) for env in other.envs})
+    return one is other
 
 
 def _paths(forest: Forest) -> Iterator[_Walk]:
@@ -158,7 +166,7 @@ def _paths(forest: Forest) -> Iterator[_Walk]:
         for node in tree.nodes:
             if not node.children:
                 # A step that ran out of time has no result to compare, and may take as long again.
-                timed_out = (node.components or {}).get("timed_out")
+                timed_out = node.truncated and node.components == TIMED_OUT
                 yield _Walk(tree, tree.path(node)[: -1 if timed_out else None])
 
 
@@ -174,7 +182,7 @@ def _begin(slots: Slots, slot: int, walk: _Walk) -> None:
 
 def _open(slots: Slots, slot: int, tree: Tree) -> Opened:
     assert tree.start is not None  # _slots has looked
-    return slots.open(slot, tree.start.seed, tree.start.options, tree.carried)
+    return slots.open(slot, tree.start.seed, copy.deepcopy(tree.start.options), tree.carried)
 
 
 def _reseed(slots: Slots, slot: int, walk: _Walk) -> None:
@@ -199,7 +207,7 @@ def _compare(slots: Slots, slot: int, walk: _Walk, result: Result, success: Succ
         _fail(walk, found.removeprefix("."), _diagnosis(slots, slot, walk, again))
     if node.is_correct is None or (success is None and "is_correct" not in result.info):
         return 0
-    total = sum(n.reward for n in walk.nodes)
+    total = total_reward(walk.nodes)
     correct = bool(result.info["is_correct"] if success is None else success(total, result.info))
     if correct != node.is_correct:
         advice = "if another success=... said what a success is, pass it: forest.verify(success=...)"
@@ -232,7 +240,7 @@ def _repeated(slots: Slots, slot: int, walk: _Walk) -> _Edge | None:
             return None
         _reseed(slots, slot, again)
         again.taken += 1
-        edge = _edge(slots.step({slot: again.nodes[again.taken].action})[slot])
+        edge = _edge(slots.step({slot: value(again.nodes[again.taken].action)})[slot])
     return edge
 
 

@@ -37,7 +37,7 @@ from allocation.collection import (
 from allocation.positions import Positions
 from allocation.predictor import Predictor
 from allocation.tree import Forest, Sample
-from trace_envs.slots import Result, make_slots
+from trace_envs.slots import Result, Slots, make_slots
 
 
 class TreeAllocationWrapper(VectorEnv):
@@ -64,7 +64,7 @@ class TreeAllocationWrapper(VectorEnv):
 
     def __init__(
         self,
-        envs: VectorEnv | gym.Env,
+        envs: VectorEnv | gym.Env | Slots,
         *,
         allocator: Allocator | str = "trace",
         predictor: Predictor | None = None,
@@ -236,8 +236,9 @@ class TreeAllocationWrapper(VectorEnv):
     @staticmethod
     def _locate(error: Exception, live: list[Rollout]) -> None:
         """Notes on an exception of the slots where in the forest it came from."""
-        named = [int(n) for note in getattr(error, "__notes__", ()) for n in re.findall(r"\bslot (\d+)", note)]
-        slot = getattr(error, "slot", named[-1] if named else None)
+        # Its own slot comes first; later notes may tell what failed in others.
+        named = (re.match(r"while .*?slot (\d+)", note) for note in getattr(error, "__notes__", ()))
+        slot = getattr(error, "slot", next((int(found[1]) for found in named if found), None))
         for rollout in live:
             if slot == rollout.slot or len(live) == 1:
                 error.add_note(f"in the step from {rollout.where}")
@@ -255,7 +256,7 @@ class TreeAllocationWrapper(VectorEnv):
             last = np.full(self.num_envs, None, dtype=object)
             last_info: dict[str, Any] = {}
             for i, result in final.items():
-                last[i] = result.observation
+                last[i] = value(result.observation)  # the forest keeps its own
                 last_info = self._add_info(last_info, result.info, i)
             ended = self._ended["_tree"]
             infos["final_obs"], infos["_final_obs"] = last, ended.copy()

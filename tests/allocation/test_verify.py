@@ -80,7 +80,7 @@ def test_a_forest_in_the_making_is_verified_as_far_as_it_has_got():
         observations, *_ = envs.step(follow_hints(observations, rng))
         assert envs.forest.verify(BitEnv()) == VerifyReport(*expected(envs.forest))
         if envs.active.any():
-            with pytest.raises(ValueError, match=r"still being collected, .* pass another one"):
+            with pytest.raises(ValueError, match=r"forest is not finished, .* pass another one"):
                 envs.forest.verify()
     assert [[n.action for n in t.nodes] for t in envs.forest] == [[n.action for n in t.nodes] for t in undisturbed]
 

@@ -108,6 +108,15 @@ class Slots(ABC):
         there is raised by the next call on the slot.
         """
 
+    def settle(self, slot: int, timeout: float | None = None) -> None:
+        """Waits for what `restore` and `reseed` began in a slot; nothing to do where they are finished when they return.
+
+        Raises:
+            TimeoutError: It took longer than `timeout` seconds; `replace` the slot before it is used again.
+            Exception: Whatever going back raised.
+        """
+        return
+
     @abstractmethod
     def reseed(self, slot: int, seed: int) -> None:
         """Gives what is random from here on a new seed; see `trace_envs.reseed`. Errors come as those of `restore` do."""

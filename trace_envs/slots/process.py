@@ -31,6 +31,7 @@ from trace_envs.slots.environment import Description, Replay
 from trace_envs.slots.local import check_alike
 from trace_envs.snapshots import EnvSnapshot
 
+LOOK_SECONDS = 1.0  # between two looks at whether a process that does not answer is still there
 CLOSE_SECONDS = 5.0  # that all processes together have to close their environments
 STOP_SECONDS = 1.0  # that a process has to go when it was terminated, before it is killed
 _ACKNOWLEDGED_LATER = ("restore", "reseed")
@@ -90,8 +91,17 @@ class _Worker:
         """
         if self.lost is not None:
             raise SlotError(self.slot, self.lost)
-        # The process as well as the pipe: something that the environment forked may hold the pipe open.
-        ready = wait([self.connection, self.process.sentinel], timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        ready: list[Any] = []
+        while not ready:
+            left = LOOK_SECONDS if deadline is None else min(LOOK_SECONDS, max(0.0, deadline - time.monotonic()))
+            # The process as well as the pipe. Something that the environment forked may hold the ends of both open, so
+            # once in a while the system is asked.
+            ready = wait([self.connection, self.process.sentinel], left)
+            if not ready and not self.process.is_alive():
+                self._died()
+            if deadline is not None and time.monotonic() >= deadline:
+                break
         if not ready:
             self.lost = (
                 f"slot {self.slot} did not finish its {self.owed[0][0]} within {timeout:g} s; replace({self.slot}) before it "
@@ -120,18 +130,19 @@ class _Worker:
             raise _exception(self.slot, reply.error)
         return reply.value
 
-    def settle(self, timeout: float | None = None) -> None:
+    def settle(self, timeout: float | None = None, superseded: bool = False) -> None:
         """Takes every reply that is owed: raises what a restore raised, and drops what nobody waits for any more.
 
         Args:
             timeout: Seconds for each turn that has to be repeated.
+            superseded: What follows puts the environment elsewhere, so a restore that failed no longer matters.
         """
         while self.owed:
             command, turns = self.owed[0]
             try:
                 self.answer(None if timeout is None else timeout * turns)
             except Exception:
-                if command in _ACKNOWLEDGED_LATER or self.lost is not None:
+                if (command in _ACKNOWLEDGED_LATER and not superseded) or self.lost is not None:
                     raise
 
     def leave(self, deadline: float) -> Exception | None:
@@ -270,16 +281,20 @@ class ProcessSlots(Slots):
     ) -> Opened:
         """Resets one environment."""
         worker = self._worker(slot)
-        worker.settle()
+        worker.settle(superseded=True)
         worker.request("open", seed, options, carried)
         return worker.answer()
 
     def restore(self, slot: int, snapshot: EnvSnapshot, seed: int | None) -> None:
         """Puts one environment back, without waiting; errors are raised by the next call on the slot."""
         worker = self._worker(slot)
-        worker.settle()
+        worker.settle(superseded=True)
         turns = 1 + (snapshot.turn or 0) if isinstance(snapshot, EnvSnapshot) else 1
         worker.request("restore", snapshot, seed, turns=turns)
+
+    def settle(self, slot: int, timeout: float | None = None) -> None:
+        """Waits for a restore, `timeout` seconds at most for each turn that it may have to repeat."""
+        self._worker(slot).settle(timeout)
 
     def reseed(self, slot: int, seed: int) -> None:
         """Gives one environment a new seed, without waiting; errors are raised by the next call on the slot."""
