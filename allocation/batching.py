@@ -16,6 +16,8 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array,
 # Types whose instances are values as they are.
 IMMUTABLE = frozenset({type(None), bool, int, float, complex, str, bytes} | set(np.sctypeDict.values()) - {np.void})
 
+_ARRAY = {np.ndarray}
+
 
 def value(thing: Any) -> Any:
     """Returns an action as a value: arrays are copied, whatever is immutable is not."""
@@ -85,9 +87,10 @@ def batch_observations(items: Sequence[Any], space: gym.Space) -> Any:
     try:
         if isinstance(space, gym.spaces.Box) and space.shape:
             # What `concatenate` does, without its work for each item: this is in every step.
-            if not all(isinstance(item, np.ndarray) for item in items):
+            if {*map(type, items)} != _ARRAY and not all(isinstance(item, np.ndarray) for item in items):
                 items = [np.asarray(item, space.dtype) for item in items]
-            if {item.shape for item in items} != {space.shape}:
+            # The other lengths `np.concatenate` compares itself.
+            if {*map(len, items)} != {space.shape[0]}:
                 raise ValueError("an observation has another shape than the space")
             batch = np.empty((len(items), *space.shape), space.dtype)
             np.concatenate(items, out=batch.reshape(-1, *space.shape[1:]))

@@ -10,15 +10,17 @@ randomness of a rollout is a function of the collection's seed, its tree and its
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Collection as CollectionOf
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 
 from allocation.allocators import Allocator
-from allocation.batching import IMMUTABLE, value
+from allocation.batching import value
 from allocation.scheduler import Job, Scheduler
 from allocation.tree import Forest, Node, Root, Sample, Tree, total_reward
 from trace_envs.slots import Result, Slots
@@ -245,17 +247,34 @@ class Collection:
 
     def record(self, rollout: Rollout, action: Any, sample: Sample | None, result: Result) -> bool:
         """Adds the edge that a step made and moves the rollout on; returns whether the rollout is over."""
-        return bool(self.record_all([(rollout, action, sample, result)]))
+        return bool(self.record_all([rollout], [value(action)], [sample], [result]))
 
-    def record_all(self, steps: Iterable[tuple[Rollout, Any, Sample | None, Result]]) -> list[Rollout]:
-        """Adds the edges that steps made and moves their rollouts on; returns the rollouts that are over."""
+    def record_all(
+        self,
+        rollouts: CollectionOf[Rollout],
+        actions: Sequence[Any],
+        samples: Sequence[Sample | None] | None,
+        results: Sequence[Result],
+    ) -> list[Rollout]:
+        """Adds the edges that steps made and moves their rollouts on; returns the rollouts that are over.
+
+        Args:
+            rollouts: Those that stepped.
+            actions: What each of them did; kept as they are, so they must be the forest's own.
+            samples: The actions as sampled; `None` for a policy without tokens.
+            results: What came.
+        """
         ledger, ended = self.forest.ledger, []
-        for rollout, action, sample, (observation, reward, terminated, truncated, info, taken) in steps:
-            ledger.environment_turns += 1
+        ledger.environment_turns += len(rollouts)
+        each = repeat(None) if samples is None else samples
+        # The tuples of `zip` and the results are taken apart in one go: no lookup by name in what is in every step.
+        for rollout, action, sample, (observation, reward, terminated, truncated, info, taken) in zip(
+            rollouts, actions, each, results, strict=False
+        ):
             job, parent = rollout.job, rollout.node
             if sample is not None:
                 self._count(job.tree, parent, sample)
-            # What `Tree.add` does, without the call and by position: this is in every step of every slot.
+            # What `Tree.add` does, without the call and by position.
             nodes = job.tree.nodes
             number = len(nodes)
             rollout.node = node = Node(
@@ -264,7 +283,7 @@ class Collection:
                 parent.depth + 1,
                 job.origin,
                 job.rollout,
-                action if type(action) in IMMUTABLE else value(action),
+                action,
                 observation,
                 sample,
                 reward,

@@ -11,6 +11,7 @@ from allocation.tree import Node, Origin
 
 NAMES = ("tree", "node_id", "parent_id", "depth", "rollout")
 _, NODE, PARENT, DEPTH, _ = range(len(NAMES))
+MASKS = tuple(f"_{name}" for name in (*NAMES, "is_continuation"))
 
 
 class Positions:
@@ -59,4 +60,5 @@ class Positions:
         info = dict(zip(NAMES, self._numbers * which, strict=True))
         info["is_continuation"] = self._is_continuation & which
         mask = which.copy()
-        return info | {f"_{name}": mask for name in info}
+        info.update(dict.fromkeys(MASKS, mask))
+        return info

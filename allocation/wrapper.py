@@ -12,7 +12,6 @@ finished slot is the one of its next rollout, the last one is in `info["final_ob
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -94,7 +93,10 @@ class TreeAllocationWrapper(VectorEnv):
         self._encode = encode
         self._success = success
         self._keep_snapshots = keep_snapshots
-        self._rollouts: list[Rollout | None] = [None] * self.num_envs
+        self._live: dict[int, Rollout] = {}  # by slot, in their order
+        # What each slot shows, idle ones included: kept from step to step, so that a step only puts in what it brought.
+        self._observed: dict[int, Any] = {}
+        self._told: dict[int, dict[str, Any]] = {}
         self._keep: set[int] = set()  # slots whose moments are to be kept
         self._positions = Positions(self.num_envs)
         self._ended: dict[str, np.ndarray] = {}  # positions of the rollouts that ended in the last step
@@ -108,7 +110,7 @@ class TreeAllocationWrapper(VectorEnv):
 
     def contexts(self) -> list[Context]:
         """Returns what a policy has to act on, one context for each active slot."""
-        return [rollout.context for rollout in self._rollouts if rollout is not None]
+        return [rollout.context for rollout in self._live.values()]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Starts a new forest: draws candidates, runs the root stage, and fills the slots.
@@ -124,7 +126,9 @@ class TreeAllocationWrapper(VectorEnv):
         self._check_open("reset")
         if seed is not None:
             self._rng = np.random.default_rng(seed)
-        self._collection, self._rollouts, self._positions = None, [None] * self.num_envs, Positions(self.num_envs)
+        self._collection, self._live, self._positions = None, {}, Positions(self.num_envs)
+        self._observed = dict.fromkeys(range(self.num_envs), self._placeholder)
+        self._told = {i: {} for i in range(self.num_envs)}
         collection = Collection(
             self.slots,
             self.allocator,
@@ -139,7 +143,7 @@ class TreeAllocationWrapper(VectorEnv):
             list(given) if given is not None else list(self._sources(self._rng, self.allocator.pool_size(self.budget))),
             self._encode,
         )
-        self._fill(collection)
+        self._fill(collection, [])
         self._collection = collection
         return self._observations(), self._infos({})
 
@@ -181,34 +185,40 @@ class TreeAllocationWrapper(VectorEnv):
             raise RuntimeError(
                 "call reset() before step(): there is no forest, or its collection ended with an exception"
             )
+        # What follows is in every step of every slot, so it works on whole columns where it can.
         items = single_actions(actions, self.action_space, self.num_envs)
-        live = [rollout for rollout in self._rollouts if rollout is not None]
-        slots = [rollout.slot for rollout in live]
-        given = [items[i] for i in slots]
-        sampled = itertools.repeat(None) if samples is None else [samples[i] for i in slots]
-        # Each environment gets a copy: it may change its argument, which is still to be recorded.
-        own = [a if type(a) in IMMUTABLE else value(a) for a in given]
+        live, busy = self._live, len(self._live) == self.num_envs
+        given = own = items if busy else [items[i] for i in live]
+        if not IMMUTABLE.issuperset(map(type, given)):
+            # One copy is recorded, the other is the environment's, which may change its argument.
+            given, own = [value(action) for action in given], [value(action) for action in given]
         self._collection = None  # If anything raises, slots and forest no longer agree.
         try:
-            by_slot = self.slots.step(dict(zip(slots, own, strict=True)), self._keep)
+            by_slot = self.slots.step(dict(zip(live, own, strict=True)), self._keep)
         except Exception as error:
-            self._locate(error, live)
+            self._locate(error, list(live.values()))
             raise
-        results = [by_slot[i] for i in slots]
-        ended = collection.record_all(zip(live, given, sampled, results, strict=False))
+        results = [by_slot[i] for i in live]
+        ended = collection.record_all(
+            live.values(), given, None if samples is None else [samples[i] for i in live], results
+        )
         rewards = np.zeros(self.num_envs)
-        rewards[slots] = [result.reward for result in results]
-        self._positions.move([rollout.node.id for rollout in live])
         terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
         final: dict[int, Result] = {}
+        if results:
+            observed, earned, _, _, told, _ = zip(*results, strict=True)
+            self._observed.update(zip(live, observed, strict=True))
+            self._told.update(zip(live, told, strict=True))
+            rewards[... if busy else self._positions.active] = earned
+            self._positions.move([rollout.node.id for rollout in live.values()])
         for rollout in ended:
             i = rollout.slot
-            self._rollouts[i], final[i] = None, by_slot[i]
+            final[i] = by_slot[i]
             terminated[i], truncated[i] = by_slot[i].terminated, by_slot[i].truncated
         if final:
             self._ended = self._positions.info(terminated | truncated)
             # Freed slots are filled after every slot has stepped, so that who gets which job does not depend on slot order.
-            self._fill(collection)
+            self._fill(collection, list(final))
         self._collection = collection
         return rewards, terminated, truncated, final
 
@@ -223,15 +233,29 @@ class TreeAllocationWrapper(VectorEnv):
         if self.closed:
             raise RuntimeError(f"{name}() after close(): the environments are closed; make and wrap new ones")
 
-    def _fill(self, collection: Collection) -> None:
-        """Sends every free slot to the next anchor, as far as there is work."""
-        for i in [i for i, running in enumerate(self._rollouts) if running is None]:
-            self._rollouts[i] = rollout = collection.next(i)
+    def _fill(self, collection: Collection, freed: list[int]) -> None:
+        """Sends every free slot to the next anchor, as far as there is work.
+
+        Args:
+            collection: Knows where there is work.
+            freed: Slots whose rollout is over, ascending.
+        """
+        live, positions = self._live, self._positions
+        # Slots that had no work before may have some now.
+        free = freed if len(live) == self.num_envs else [i for i in range(self.num_envs) if i in freed or i not in live]
+        for i in free:
+            rollout = collection.next(i)
             if rollout is None:
-                self._positions.clear(i)
+                positions.clear(i)
+                live.pop(i, None)
+                self._observed[i], self._told[i] = self._placeholder, {}
                 continue
-            self._positions.start(i, rollout.job.tree.index, rollout.node, rollout.job.rollout, rollout.job.origin)
+            job = rollout.job
+            positions.start(i, job.tree.index, rollout.node, job.rollout, job.origin)
+            live[i], self._observed[i], self._told[i] = rollout, rollout.observation, rollout.info
             (self._keep.add if collection.wanted(rollout) else self._keep.discard)(i)
+        if list(live) != sorted(live):  # a slot went from idle to busy
+            self._live = dict(sorted(live.items()))
 
     @staticmethod
     def _locate(error: Exception, live: list[Rollout]) -> None:
@@ -244,25 +268,26 @@ class TreeAllocationWrapper(VectorEnv):
                 error.add_note(f"in the step from {rollout.where}")
 
     def _observations(self) -> Any:
-        items = [r.observation if r is not None else self._placeholder for r in self._rollouts]
-        return batch_observations(items, self.single_observation_space)
+        return batch_observations(list(self._observed.values()), self.single_observation_space)
 
     def _infos(self, final: dict[int, Result]) -> dict[str, Any]:
         infos: dict[str, Any] = {}
-        for i, rollout in enumerate(self._rollouts):
-            if rollout is not None and rollout.info:
-                infos = self._add_info(infos, rollout.info, i)
+        if any(self._told.values()):
+            for i, info in self._told.items():
+                if info:
+                    infos = self._add_info(infos, info, i)
         if final:
             last = np.full(self.num_envs, None, dtype=object)
             last_info: dict[str, Any] = {}
             for i, result in final.items():
                 last[i] = value(result.observation)  # the forest keeps its own
-                last_info = self._add_info(last_info, result.info, i)
+                if result.info:
+                    last_info = self._add_info(last_info, result.info, i)
             ended = self._ended["_tree"]
             infos["final_obs"], infos["_final_obs"] = last, ended.copy()
             infos["final_info"], infos["_final_info"] = last_info, ended.copy()
             last_info["trace"], last_info["_trace"] = self._ended, ended.copy()
-        active = self._positions.active
-        if active.any():
+        if self._live:
+            active = self._positions.active
             infos["trace"], infos["_trace"] = self._positions.info(active), active.copy()
         return infos

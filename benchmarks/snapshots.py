@@ -289,7 +289,7 @@ def main(args: Args) -> int:
             if value is not None
             else f"{row['take_microseconds']:.1f} + {row['put_microseconds']:.1f} us"
         )
-        note = row.get("adapter", verdict)
+        note = row["adapter"] if str(row["figure"]).startswith("adapter") else verdict
         table.add_row(row["figure"], shown, "" if bar is None else f"{bar:g}", note)
     Console().print(table)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,10 @@ def revive(value: Any, allowed: Callable[[type], bool]) -> Any:
     return _Builder(nodes, allowed).child(root)
 
 
+DEEPEST, LARGEST = 500, 10_000_000
+"""Bounds of immutable values in immutable values: depth, and number of parts where shared ones count each time."""
+
+
 class _Builder:
     """Makes the values of a table.
 
@@ -88,17 +92,29 @@ class _Builder:
         self._allowed = allowed
         self._nodes = nodes
         self._values: dict[int, Any] = {}
+        self._weights: dict[int, tuple[int, int]] = {}
         self._filled: dict[int, Any] = {}  # what is filled, where it is not the value itself
         for i, (tag, head, _) in enumerate(nodes):
             if tag in _MUTABLE:
                 self._values[i] = self._shell(i, tag, head)
         for i, (tag, head, children) in enumerate(nodes):
             if tag not in _MUTABLE:
+                self._weigh(i, tag, children)
                 self._values[i] = self._whole(tag, head, children)
         # Sets and dictionaries look at their members, which must be whole.
         for i, (tag, head, children) in enumerate(nodes):
             if tag in _MUTABLE:
                 self._fill(self._filled.get(i, self._values[i]), tag, head, [self.child(c) for c in children])
+
+    def _weigh(self, i: int, tag: str, children: list[Any]) -> None:
+        """Bounds what hashing has to walk through: how deep tuples lie in tuples, and how many there are written out."""
+        if tag not in ("tuple", "frozenset", "record"):
+            return
+        below = [self._weights.get(c[0], (0, 1)) for c in children if isinstance(c, list)]
+        depth, size = 1 + max((d for d, _ in below), default=0), len(children) + sum(s for _, s in below)
+        if depth > DEEPEST or size > LARGEST:
+            raise SnapshotFormatError("the data is malformed (tuples in tuples beyond measure)")
+        self._weights[i] = depth, size
 
     def child(self, child: Any) -> Any:
         """Returns the value of a child. One that is not there yet would be part of itself: `LookupError`."""

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 2
-ELAPSED = "elapsed_seconds"
+ELAPSED = "elapsed seconds"  # no attribute of any wrapper can have this name
 """Time that an episode has taken so far, in the state of `RecordEpisodeStatistics`: the only clock in a snapshot."""
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gymnasium as gym
 from gymnasium.error import ClosedEnvironmentError
 
+from trace_envs.arguments import random_seed
 from trace_envs.snapshots import codec
 from trace_envs.snapshots.adapters import adapter_for, env_id
 from trace_envs.snapshots.forks import forks_itself, rewrapped, twin_of
@@ -34,6 +35,8 @@ def snapshot(env: gym.Env) -> EnvSnapshot:
         SnapshotUnsupportedError: The environment's or a wrapper's state cannot be carried; the message says what to add.
     """
     wrappers, inner = split(env)
+    if not isinstance(inner, gym.Env):
+        raise TypeError(f"expected a Gymnasium environment, got {type(env).__name__}")
     taken = adapter_for(inner).take(inner)
     if not wrappers:
         return taken
@@ -90,6 +93,8 @@ def restore(env: gym.Env, taken: EnvSnapshot, *, seed: int | None = None) -> Non
         raise ValueError(
             f"the snapshot has schema version {taken.version}, this release reads version {SCHEMA_VERSION}"
         )
+    if seed is not None:
+        seed = random_seed(seed)
     wrappers, inner = split(env)
     names = [type(wrapper).__name__ for wrapper in wrappers]
     expected = [name for name, _ in taken.wrappers]
@@ -150,6 +155,8 @@ def fork(env: gym.Env) -> gym.Env:
             add.
     """
     wrappers, inner = split(env)
+    if not isinstance(inner, gym.Env):
+        raise TypeError(f"expected a Gymnasium environment, got {type(env).__name__}")
     if not forks_itself(inner):
         taken = snapshot(env)
         twin = rewrapped(wrappers, inner, twin_of(inner), env)

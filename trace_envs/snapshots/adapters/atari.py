@@ -84,6 +84,8 @@ class Atari(Foreign):
         module = sys.modules.get("ale_py.env")
         if module is None or not isinstance(env, module.AtariEnv):
             return "it is no AtariEnv of ale-py"
+        if type(env) is not module.AtariEnv:
+            return "it is a subclass of AtariEnv, whose own attributes would be lost"
         try:
             if _is_sticky(env.ale) and not env.ale.game_over():
                 _signs(env.ale)
@@ -204,13 +206,15 @@ def _signs(ale: Any) -> dict[tuple[int, int, int], int]:
     if game not in _KNOWN:
         parts = _State(state)
         signs: dict[tuple[int, int, int], int] = {}
-        held = _read(ale, parts.probe(_ALWAYS), parts.middle)
-        for action in range(18):
-            _hold(ale, state, action, 1.0)
-            signs.setdefault(_read(ale, parts.probe(_ALWAYS), parts.middle), action)
-        action, strength = _action(signs, held)
-        _hold(ale, state, action, strength)
-        _restore(ale, state)
+        try:
+            held = _read(ale, parts.probe(_ALWAYS), parts.middle)
+            for action in range(18):
+                _hold(ale, state, action, 1.0)
+                signs.setdefault(_read(ale, parts.probe(_ALWAYS), parts.middle), action)
+            action, strength = _action(signs, held)
+            _hold(ale, state, action, strength)
+        finally:
+            _restore(ale, state)
         if len(signs) < 6:  # a paddle's two directions and none, each with and without its button
             raise ValueError("the joystick port does not show the actions")
         _KNOWN[game] = signs
@@ -222,8 +226,10 @@ def _held(ale: Any) -> tuple[int, float]:
     signs = _signs(ale)
     state = _cloned(ale)
     parts = _State(state)
-    held = _read(ale, parts.probe(_ALWAYS), parts.middle)
-    _restore(ale, state)
+    try:
+        held = _read(ale, parts.probe(_ALWAYS), parts.middle)
+    finally:
+        _restore(ale, state)
     return _action(signs, held)
 
 

@@ -95,7 +95,13 @@ class AttributeCopy(Foreign):
             SnapshotUnsupportedError: One cannot be copied; the message names it.
         """
         generators.touch(env)
-        return self._values(env)
+        try:
+            return self._values(env)
+        except SnapshotUnsupportedError as error:
+            raise SnapshotUnsupportedError(
+                f"{error}; leave it out, give {type(env).__name__} snapshot() and restore(snapshot, *, seed=None), or wrap it "
+                f"in trace_envs.Replayable(env)"
+            ) from error
 
     def _values(self, env: gym.Env) -> Attributes:
         try:
@@ -145,6 +151,12 @@ class AttributeCopy(Foreign):
                 f"the snapshot is of a {cls.__name__} whose tables ({', '.join(sorted(static))}) differ from this one's; "
                 f"make both with the same arguments"
             )
+        for name, states in payload.spaces.items():
+            space = getattr(env, name, None)
+            if not isinstance(space, gym.Space) or len(list(generators.subspaces(space))) != len(states):
+                raise ValueError(
+                    f"the snapshot is of a {cls.__name__} with another {name} than this one's: {space!r:.80}"
+                )
         try:
             values, used = self._thawed(env, payload, seed)
         except Encoded:
@@ -163,7 +175,7 @@ class AttributeCopy(Foreign):
         own.update(values)
         if seed is not None and "_np_random_seed" in own:
             own["_np_random_seed"] = seed
-        for name in sorted(payload.spaces):
+        for name in sorted(payload.spaces):  # checked above
             used = generators.set_space_states(getattr(env, name), payload.spaces[name], seed, used)
 
     @staticmethod
@@ -173,8 +185,10 @@ class AttributeCopy(Foreign):
         own = vars(env) if hasattr(env, "__dict__") else {}
         known: list[tuple[object, object]] = [(Self.ENV, env)]
         frozen = values.get("_np_random")
-        if seed is None and type(frozen) is generators.GeneratorState:
-            known.append((frozen, generators.thaw_into(frozen, own.get("_np_random"))))
+        there = own.get("_np_random")
+        keeps = seed is None and type(frozen) is generators.GeneratorState and generators.can_take(frozen, there)
+        if keeps:
+            known.append((frozen, there))
         copier = Copier(known, keep=False, seed=seed, trusts=lambda there: belongs(there, env))
         for name in payload.copied:
             value = values[name]
@@ -184,4 +198,7 @@ class AttributeCopy(Foreign):
                 values[name] = copier.attribute(name, value)
         for name in [n for n, value in own.items() if type(value) not in ATOMS and is_rendering(value)]:
             values.pop(name, None)
+        if keeps:  # last: nothing is changed if something else cannot be
+            assert isinstance(frozen, generators.GeneratorState)
+            generators.thaw_into(frozen, there)
         return values, copier.met

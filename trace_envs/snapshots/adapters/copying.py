@@ -11,72 +11,25 @@ from __future__ import annotations
 
 import copy
 import copyreg
-import ctypes
-import enum
-import random
-import sys
 import weakref
 from collections.abc import Callable
-from functools import lru_cache
-from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
-from typing import Any, cast
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 
 from trace_envs.snapshots.adapters import generators
 from trace_envs.snapshots.adapters.generators import GeneratorState
+from trace_envs.snapshots.adapters.kinds import ATOMS, customises_pickling, is_rendering, name_of_class, route_of
 from trace_envs.snapshots.adapters.standins import Named, Self, View, found, name_of
 from trace_envs.snapshots.plain import EncodedName, EncodedObject
 from trace_envs.snapshots.record import SnapshotUnsupportedError
 
 __all__ = ["ATOMS", "Aliased", "Copier", "Encoded", "Self", "customises_pickling", "is_rendering", "slots_of"]
 
-_C_DATA: type = ctypes._SimpleCData.__mro__[1]
-
-ATOMS: frozenset[type] = frozenset(
-    {type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis), type(NotImplemented)}
-    | {t for t in set(np.sctypeDict.values()) if t not in (np.object_, np.void)}
-)
-"""Types whose instances never change."""
-
-# Packages whose classes customise pickling without losing anything; all other classes that do are refused.
-_TRUSTED = frozenset({"numpy", "torch"}) | sys.stdlib_module_names
-_PICKLING = ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs_ex__", "__getnewargs__")
-_SHARED = (type, enum.Enum, np.dtype, np.ufunc)
-
-
-@lru_cache(maxsize=1024)
-def _is_of_pygame(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "pygame"
-
-
-def is_rendering(value: object) -> bool:
-    """Says whether a value is a window, surface, clock or the like, or a collection of such: never part of a moment."""
-    kind: type = type(value)
-    if kind is list or kind is tuple or kind is dict:
-        parts = value.values() if isinstance(value, dict) else cast("list[object] | tuple[object, ...]", value)
-        return len(parts) > 0 and all(map(is_rendering, parts))
-    return _is_of_pygame(kind)
-
-
-def customises_pickling(cls: type) -> tuple[str, type] | None:
-    """Returns the first method by which a class customises how it is pickled, and the class it has it from; `None` if none."""
-    for name in _PICKLING:
-        for owner in cls.__mro__[:-1]:
-            if name in vars(owner):
-                return name, owner
-    return None
-
-
-def _is_trusted(name: str, owner: type) -> bool:
-    """Says whether a class that customises pickling is known to lose nothing by it."""
-    module = owner.__module__
-    return (
-        module.partition(".")[0] in _TRUSTED
-        or module.startswith("gymnasium.spaces")
-        # What dataclasses generate for frozen classes with slots.
-        or getattr(vars(owner)[name], "__module__", None) == "dataclasses"
-    )
+_PLAIN: weakref.WeakSet[type] = weakref.WeakSet()
+"""Classes whose instances were found to be nothing but their attributes."""
 
 
 class Aliased(Exception):
@@ -137,7 +90,7 @@ class Copier:
         return SnapshotUnsupportedError(f"{where} {why}")
 
     def _failure(self, value: Any, error: Exception) -> SnapshotUnsupportedError:
-        why = f"({_named(type(value))}) cannot be copied ({type(error).__name__}: {error})"
+        why = f"({name_of_class(type(value))}) cannot be copied ({type(error).__name__}: {error})"
         return self.refusal(self._here(), why)
 
     def _here(self) -> str:
@@ -195,7 +148,8 @@ class Copier:
         if self.keep:
             owner = value if type(value.base) is not np.ndarray else value.base
             if owner.base is not None and owner.flags.writeable and not isinstance(owner.base, np.ndarray | bytes):
-                why = f"is an array in memory of a {_named(type(owner.base))}, which a copy would not be; keep np.array(it)"
+                of = name_of_class(type(owner.base))
+                why = f"is an array in memory of a {of}, which a copy would not be; keep np.array(it)"
                 raise self.refusal(self._here(), why)
             if self.views and owner.flags.forc and not owner.dtype.hasobject:
                 return self._remember(value, self._as_view(value, owner))
@@ -220,6 +174,9 @@ class Copier:
     def _view(self, value: View) -> Any:
         if self.keep:
             return value
+        plain = isinstance(value.dtype, np.dtype) and not value.dtype.hasobject
+        if not plain or type(value.memory) is not np.ndarray or value.memory.dtype != np.uint8:
+            raise ValueError(f"the snapshot is damaged: {self._here()} looks at memory that is none of an array's")
         memory = self.copy(value.memory)
         view: np.ndarray = np.ndarray(value.shape, value.dtype, memory, value.offset, value.strides)
         view.flags.writeable = value.writeable
@@ -239,7 +196,21 @@ class Copier:
         return self._remember(value, made)
 
     def _name(self, value: Any) -> Any:
-        return value if not self.keep or (named := name_of(value)) is None else named
+        if self.keep and (named := name_of(value)) is not None:
+            return named
+        owner = getattr(value, "__self__", None)
+        if isinstance(value, BuiltinFunctionType) and type(owner) not in ATOMS and not isinstance(owner, ModuleType):
+            of = name_of_class(type(owner))
+            why = f"is a method of a {of}, which would stay that of the original; look it up when it is called"
+            raise self.refusal(self._here(), why)
+        for cell in getattr(value, "__closure__", None) or ():
+            held = cell.cell_contents if _is_filled(cell) else None
+            # An attribute itself is left to the environment that has one like it.
+            if self.memo.get(id(held)) is Self.ENV and len(self._path) > 1:
+                raise self.refusal(self._here(), "is a function around the environment itself; make it a method")
+            if not self.keep and isinstance(held, gym.Env) and held is not self.memo.get(id(Self.ENV)):
+                raise self.refusal(self._here(), "is a function around another environment; make it a method")
+        return value
 
     def _by_name(self, value: Named) -> Any:
         if self.keep:
@@ -257,15 +228,15 @@ class Copier:
         raise Encoded
 
     def _other(self, value: Any, kind: type) -> Any:
-        route, why = _route(kind)
+        route, why = route_of(kind)
         if route == "plain":
             return self._plain(value, kind)
         if route == "shared":
             return value
         if route == "refused":
-            raise self.refusal(self._here(), f"is a {_named(kind)}, which {why}")
-        if route == "generator" and generators.is_generator(value):
-            return self._remember(value, generators.freeze(value))
+            raise self.refusal(self._here(), f"is a {name_of_class(kind)}, which {why}")
+        if route == "generator":
+            return self._remember(value, self._generator(value, kind))
         if route == "deepcopy":
             return self._deepcopy(value)
         if route == "named tuple":
@@ -277,13 +248,33 @@ class Copier:
             raise self._failure(value, error) from error
         return value if isinstance(reduced, str) else self._reduced(value, reduced)
 
+    def _generator(self, value: Any, kind: type) -> GeneratorState:
+        if not generators.is_generator(value):
+            raise self.refusal(
+                self._here(), f"is a {name_of_class(kind)}, a kind of generator that cannot be given a new seed"
+            )
+        if isinstance(value, np.random.Generator):
+            if id(value.bit_generator) in self._memories:
+                raise self.refusal(
+                    self._here(), "draws from the bit generator of another attribute; share the generator"
+                )
+            self._memories.add(id(value.bit_generator))
+        return generators.freeze(value)
+
     def _deepcopy(self, value: Any) -> Any:
         try:
-            return self._remember(value, copy.deepcopy(value))
+            # With one memo for all: tensors that share memory go on sharing it.
+            return self._remember(value, copy.deepcopy(value, self.memo))
         except Exception as error:
             raise self._failure(value, error) from error
 
     def _plain(self, value: Any, kind: type) -> Any:
+        if kind not in _PLAIN:
+            try:
+                object.__reduce_ex__(value, 4)  # refuses what holds more than its attributes: connections, handles
+            except TypeError as error:
+                raise self._failure(value, error) from error
+            _PLAIN.add(kind)
         copied = self._remember(value, object.__new__(kind))
         own = getattr(value, "__dict__", None)
         if own is not None:
@@ -321,48 +312,17 @@ class Copier:
         return copied
 
 
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 (asked for its effect)
+    except ValueError:
+        return False
+    return True
+
+
 def slots_of(cls: type) -> list[str]:
     """Returns the names of all slots of a class and its bases, private names as they are stored."""
     return copyreg._slotnames(cls)  # type: ignore[attr-defined, no-any-return]
-
-
-def _named(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-@lru_cache(maxsize=1024)
-def _route(kind: type) -> tuple[str, str]:
-    """Returns how instances of a class that has no handler are copied, and if not at all, why."""
-    if _is_of_pygame(kind) or issubclass(kind, _SHARED):
-        return "shared", ""
-    if issubclass(kind, _C_DATA | ctypes.CDLL):
-        return "refused", "holds memory that only C code knows the meaning of (ctypes)"
-    if issubclass(kind, weakref.ref | weakref.ProxyType | weakref.CallableProxyType):
-        return "refused", "refers weakly to something that a copy would not hold"
-    if issubclass(kind, random.SystemRandom):
-        return "refused", "draws from the operating system, so that no future repeats"
-    if issubclass(kind, GeneratorType):
-        return "refused", "is a running generator and cannot be copied"
-    if issubclass(kind, np.memmap):
-        return "refused", "is memory of a file, which every restored moment would still share"
-    if hasattr(kind, "__del__"):
-        return "refused", "has a finaliser (__del__), so it looks after something that a copy would share"
-    if issubclass(kind, np.random.Generator | np.random.RandomState | random.Random):
-        return "generator", ""
-    if hasattr(kind, "__deepcopy__"):
-        return "deepcopy", ""
-    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-        return "named tuple", ""
-    custom = customises_pickling(kind)
-    if custom is not None and kind not in copyreg.dispatch_table and not _is_trusted(*custom):
-        return "refused", f"customises pickling ({custom[0]}) and may lose state when it is copied"
-    if custom is None and kind.__new__ is object.__new__:
-        try:
-            object.__new__(kind)
-        except TypeError:  # its instances are made by C code
-            return "reduced", ""
-        return "plain", ""
-    return "reduced", ""
 
 
 _HANDLERS: dict[type, Callable[[Any, Any], Any]] = {

@@ -13,6 +13,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from trace_envs.snapshots import arrays
+
 _BIT_GENERATORS = {
     cls.__name__: cls
     for cls in (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64)
@@ -76,6 +78,7 @@ def thaw(frozen: GeneratorState) -> Generator:
         made = random.Random()
         made.setstate(frozen.state)
         return made
+    _check(frozen)
     if frozen.kind == _LEGACY:
         legacy = np.random.RandomState(np.random.MT19937(0))
         legacy.set_state(frozen.state)
@@ -89,12 +92,26 @@ def thaw(frozen: GeneratorState) -> Generator:
 
 def thaw_into(frozen: GeneratorState, own: object) -> Generator:
     """Returns `own` with the state set if nothing else tells it from a new generator, else a new one."""
-    if type(own) is np.random.Generator:
-        bits = own.bit_generator
-        if frozen.origin is not None and type(bits).__name__ == frozen.kind and _origin(bits) == frozen.origin:
-            bits.state = frozen.state
-            return own
-    return thaw(frozen)
+    if not can_take(frozen, own):
+        return thaw(frozen)
+    _check(frozen)
+    own.bit_generator.state = frozen.state  # type: ignore[attr-defined]
+    return own  # type: ignore[return-value]
+
+
+def can_take(frozen: GeneratorState, own: object) -> bool:
+    """Says whether nothing but its state tells `own` from a new generator."""
+    if type(own) is not np.random.Generator or frozen.origin is None:
+        return False
+    bits = own.bit_generator
+    return type(bits).__name__ == frozen.kind and bool(_origin(bits) == frozen.origin)
+
+
+def _check(frozen: GeneratorState) -> None:
+    """Refuses states that NumPy takes unchecked and that would lead a generator outside its own memory."""
+    if not isinstance(frozen.state, dict) or frozen.state.get("bit_generator") not in _BIT_GENERATORS:
+        raise ValueError(f"the snapshot is damaged: it does not hold the state of a {frozen.kind}")
+    arrays.check_generator_state(frozen.state)
 
 
 def seeded(kind: str, seed: int, index: int) -> Generator:

@@ -283,6 +283,10 @@ def _put_data(windows: _Windows, taken: Simulation) -> None:
     import mujoco
 
     model, data = windows.model, windows.data
+    for name in ("geom", "geom1", "geom2"):
+        ids = taken.contacts.get(name)
+        if ids is not None and ((ids < -1) | (ids >= model.ngeom)).any():
+            raise ValueError(f"the snapshot is damaged: contacts name bodies beyond the {model.ngeom} of this model")
     mujoco.mj_resetData(model, data)  # empties the arena
     windows.set_integration(taken.integration)
     _overlay(windows, taken)

@@ -96,8 +96,9 @@ class CloneState(_Pair):
     name = "clone_state(include_rng)/restore_state(state)"
 
     def has(self, env: gym.Env) -> bool:
-        """Looks for the two methods."""
-        return _accepts(env, "clone_state", include_rng=True) and _accepts(env, "restore_state", None)
+        """Looks for the two methods. What a subclass of ale-py's environment adds, its inherited pair would lose."""
+        inherits = any(base.__module__ == "ale_py.env" for base in type(env).__mro__[1:])
+        return not inherits and _accepts(env, "clone_state", include_rng=True) and _accepts(env, "restore_state", None)
 
     def get(self, env: gym.Env) -> Any:
         """Calls `clone_state`."""

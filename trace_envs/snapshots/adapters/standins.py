@@ -99,6 +99,8 @@ def belongs(made: Any, env: gym.Env) -> bool:
         met[id(value)] = value
         if type(value) is made or value is made:
             return True
+        if isinstance(value, ModuleType | type):
+            continue  # what a module or class has is not the environment's
         if isinstance(value, dict):
             pending += [*value, *value.values()]
         elif isinstance(value, list | tuple | set | frozenset):
