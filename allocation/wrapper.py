@@ -94,9 +94,6 @@ class TreeAllocationWrapper(VectorEnv):
         self._success = success
         self._keep_snapshots = keep_snapshots
         self._live: dict[int, Rollout] = {}  # by slot, in their order
-        # What each slot shows, idle ones included: kept from step to step, so that a step only puts in what it brought.
-        self._observed: dict[int, Any] = {}
-        self._told: dict[int, dict[str, Any]] = {}
         self._keep: set[int] = set()  # slots whose moments are to be kept
         self._positions = Positions(self.num_envs)
         self._ended: dict[str, np.ndarray] = {}  # positions of the rollouts that ended in the last step
@@ -127,8 +124,6 @@ class TreeAllocationWrapper(VectorEnv):
         if seed is not None:
             self._rng = np.random.default_rng(seed)
         self._collection, self._live, self._positions = None, {}, Positions(self.num_envs)
-        self._observed = dict.fromkeys(range(self.num_envs), self._placeholder)
-        self._told = {i: {} for i in range(self.num_envs)}
         collection = Collection(
             self.slots,
             self.allocator,
@@ -185,7 +180,8 @@ class TreeAllocationWrapper(VectorEnv):
             raise RuntimeError(
                 "call reset() before step(): there is no forest, or its collection ended with an exception"
             )
-        # What follows is in every step of every slot, so it works on whole columns where it can.
+        # What follows is in every step of every slot: short loops, and few objects that the garbage collector would track
+        # (`zip(*results)` alone makes it run twice as often).
         items = single_actions(actions, self.action_space, self.num_envs)
         live, busy = self._live, len(self._live) == self.num_envs
         given = own = items if busy else [items[i] for i in live]
@@ -198,19 +194,14 @@ class TreeAllocationWrapper(VectorEnv):
         except Exception as error:
             self._locate(error, list(live.values()))
             raise
-        results = [by_slot[i] for i in live]
-        ended = collection.record_all(
-            live.values(), given, None if samples is None else [samples[i] for i in live], results
-        )
+        sampled = None if samples is None else [samples[i] for i in live]
+        ended = collection.record_all(live.values(), given, sampled, [by_slot[i] for i in live])
+        nodes = [rollout.node for rollout in live.values()]
+        self._positions.move([node.id for node in nodes])
         rewards = np.zeros(self.num_envs)
+        rewards[... if busy else self._positions.active] = [node.reward for node in nodes]
         terminated, truncated = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
         final: dict[int, Result] = {}
-        if results:
-            observed, earned, _, _, told, _ = zip(*results, strict=True)
-            self._observed.update(zip(live, observed, strict=True))
-            self._told.update(zip(live, told, strict=True))
-            rewards[... if busy else self._positions.active] = earned
-            self._positions.move([rollout.node.id for rollout in live.values()])
         for rollout in ended:
             i = rollout.slot
             final[i] = by_slot[i]
@@ -248,11 +239,10 @@ class TreeAllocationWrapper(VectorEnv):
             if rollout is None:
                 positions.clear(i)
                 live.pop(i, None)
-                self._observed[i], self._told[i] = self._placeholder, {}
                 continue
             job = rollout.job
             positions.start(i, job.tree.index, rollout.node, job.rollout, job.origin)
-            live[i], self._observed[i], self._told[i] = rollout, rollout.observation, rollout.info
+            live[i] = rollout
             (self._keep.add if collection.wanted(rollout) else self._keep.discard)(i)
         if list(live) != sorted(live):  # a slot went from idle to busy
             self._live = dict(sorted(live.items()))
@@ -268,14 +258,17 @@ class TreeAllocationWrapper(VectorEnv):
                 error.add_note(f"in the step from {rollout.where}")
 
     def _observations(self) -> Any:
-        return batch_observations(list(self._observed.values()), self.single_observation_space)
+        items = [rollout.observation for rollout in self._live.values()]
+        if len(items) < self.num_envs:
+            shown = dict(zip(self._live, items, strict=True))
+            items = [shown.get(i, self._placeholder) for i in range(self.num_envs)]
+        return batch_observations(items, self.single_observation_space)
 
     def _infos(self, final: dict[int, Result]) -> dict[str, Any]:
         infos: dict[str, Any] = {}
-        if any(self._told.values()):
-            for i, info in self._told.items():
-                if info:
-                    infos = self._add_info(infos, info, i)
+        for i, rollout in self._live.items():
+            if rollout.info:
+                infos = self._add_info(infos, rollout.info, i)
         if final:
             last = np.full(self.num_envs, None, dtype=object)
             last_info: dict[str, Any] = {}

@@ -197,8 +197,8 @@ class SlotEnvironment:
             (
                 kept,
                 reward if type(reward) is float else float(reward),
-                terminated if type(terminated) is bool else bool(terminated),
-                truncated if type(truncated) is bool else bool(truncated),
+                terminated if terminated is False else bool(terminated),
+                truncated if truncated is False else bool(truncated),
                 copied_info(info) if info else {},
                 taken,
             ),
