@@ -93,26 +93,6 @@ def _count_in(info: dict[str, Any], name: str) -> int:
     return int(count) if isinstance(count, int | np.integer) else 0
 
 
-class noted:
-    """A `with` that adds to an exception where in the forest it came from.
-
-    Args:
-        where: Called if there is one.
-    """
-
-    __slots__ = ("_where",)
-
-    def __init__(self, where: Callable[[], str]):
-        self._where = where
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):
-            error.add_note(self._where())
-
-
 def default_success(total_reward: float, info: dict[str, Any]) -> bool:
     """The environment's own verdict.
 
@@ -197,8 +177,11 @@ class Collection:
     def _open(self, root: Root, slot: int) -> Context:
         if self._closed:
             raise RuntimeError("the collection was closed while its candidates were opened")
-        with noted(lambda: f"opening a prompt by reset(seed={root.seed}, options={root.options})"):
+        try:
             opened = self._slots.open(slot, root.seed, copy.deepcopy(root.options))  # it may take them apart
+        except Exception as error:
+            error.add_note(f"opening a prompt by reset(seed={root.seed}, options={root.options})")
+            raise
         known = {"seed": root.seed, **opened.facts}
         key = str(opened.info.get("task_id", root.seed))
         tree = Tree(key, -1, opened.observation, known, start=root, carried=opened.carried)
@@ -224,8 +207,12 @@ class Collection:
         """Sends a free slot to the next anchor; `None` if there is no work now (more may come as rollouts finish)."""
         rollout = self.take(slot)
         if rollout is not None:
-            with self.forest.ledger.timed("restore"), noted(lambda: f"on the way back to {rollout.where}"):
-                self._slots.restore(slot, rollout.node.snapshot, rollout.seed)
+            try:
+                with self.forest.ledger.timed("restore"):
+                    self._slots.restore(slot, rollout.node.snapshot, rollout.seed)
+            except Exception as error:
+                error.add_note(f"on the way back to {rollout.where}")
+                raise
         return rollout
 
     def take(self, slot: int) -> Rollout | None:
@@ -304,8 +291,11 @@ class Collection:
                 ended.append(rollout)
         for rollout in ended:  # once all edges are there: the verdict may raise
             node = rollout.node
-            with noted(lambda rollout=rollout: f"in {rollout.where}: the end of the episode"):  # type: ignore[misc]
+            try:
                 node.is_correct = bool(self._success(rollout.total_reward, rollout.info))
+            except Exception as error:
+                error.add_note(f"in {rollout.where}: the end of the episode")
+                raise
             node.components = rollout.info.get("reward_components")
             self._finish(rollout.job)
         return ended

@@ -244,7 +244,7 @@ class TreeAllocationWrapper(VectorEnv):
             positions.start(i, job.tree.index, rollout.node, job.rollout, job.origin)
             live[i] = rollout
             (self._keep.add if collection.wanted(rollout) else self._keep.discard)(i)
-        if list(live) != sorted(live):  # a slot went from idle to busy
+        if free is not freed:  # a slot may have gone from idle to busy
             self._live = dict(sorted(live.items()))
 
     @staticmethod
