@@ -13,24 +13,15 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
-# Types whose instances are values as they are.
-IMMUTABLE = frozenset({type(None), bool, int, float, complex, str, bytes} | set(np.sctypeDict.values()) - {np.void})
+from trace_envs.slots.environment import copied_observation
+from trace_envs.snapshots.adapters.kinds import ATOMS
 
 _ARRAY = {np.ndarray}
 
 
 def value(thing: Any) -> Any:
-    """Returns an action as a value: arrays are copied, whatever is immutable is not."""
-    kind = type(thing)
-    if kind in IMMUTABLE:
-        return thing
-    if kind is np.ndarray and thing.dtype != object:
-        return thing.copy()
-    if kind is dict:
-        return {key: value(item) for key, item in thing.items()}
-    if kind is tuple:
-        return tuple(map(value, thing))
-    return copy.deepcopy(thing)
+    """Returns an action or observation as a value: arrays are copied, whatever is immutable is not."""
+    return thing if type(thing) in ATOMS else copied_observation(thing)
 
 
 def single_actions(actions: Any, batched: gym.Space, num_envs: int) -> list[Any]:

@@ -173,7 +173,7 @@ def _paths(forest: Forest) -> Iterator[_Walk]:
 def _begin(slots: Slots, slot: int, walk: _Walk) -> None:
     """Opens the episode of a path and compares the first observation."""
     tree = walk.tree
-    found = difference(tree.root.observation, value(_open(slots, slot, tree).observation))
+    found = difference(tree.root.observation, _open(slots, slot, tree).observation)
     if found is not None:
         _fail(
             walk, _joined("observation", found), "reset() does not give the same episode for the same seed and options"
@@ -195,7 +195,7 @@ def _reseed(slots: Slots, slot: int, walk: _Walk) -> None:
 
 def _edge(result: Result) -> _Edge:
     tool_error = bool(result.info.get("tool_error", False))
-    return _Edge(value(result.observation), result.reward, result.terminated, result.truncated, tool_error)
+    return _Edge(result.observation, result.reward, result.terminated, result.truncated, tool_error)
 
 
 def _compare(slots: Slots, slot: int, walk: _Walk, result: Result, success: Success | None) -> int:

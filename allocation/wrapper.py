@@ -22,7 +22,7 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from allocation.allocators import Allocator, make_allocator
-from allocation.batching import IMMUTABLE, batch_observations, placeholder, single_actions, value
+from allocation.batching import batch_observations, placeholder, single_actions, value
 from allocation.collection import (
     Collection,
     Context,
@@ -37,6 +37,7 @@ from allocation.positions import Positions
 from allocation.predictor import Predictor
 from allocation.tree import Forest, Sample
 from trace_envs.slots import Result, Slots, make_slots
+from trace_envs.snapshots.adapters.kinds import ATOMS
 
 
 class TreeAllocationWrapper(VectorEnv):
@@ -185,7 +186,7 @@ class TreeAllocationWrapper(VectorEnv):
         items = single_actions(actions, self.action_space, self.num_envs)
         live, busy = self._live, len(self._live) == self.num_envs
         given = own = items if busy else [items[i] for i in live]
-        if not IMMUTABLE.issuperset(map(type, given)):
+        if not ATOMS.issuperset(map(type, given)):
             # One copy is recorded, the other is the environment's, which may change its argument.
             given, own = [value(action) for action in given], [value(action) for action in given]
         self._collection = None  # If anything raises, slots and forest no longer agree.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from agents.models import load_model
 from agents.policies import TransformersPolicy, collect
 from agents.trainer import TaskDeck
 from allocation import HiddenStatePredictor, TreeAllocationWrapper, make_allocator
+from benchmarks import config_of
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def main(args: Args) -> None:
             stacked = torch.stack([torch.cat([row[i] for i in members]) for row in rows])
             cosine = mean_cosine(stacked)
             table.add_row(group, f"{stacked.shape[1]:,}", f"{cosine:.3f}")
-            config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+            config = config_of(args)
             record = {
                 "group": group,
                 "weights": stacked.shape[1],

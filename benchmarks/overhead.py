@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from allocation import TreeAllocationWrapper
+from benchmarks import config_of
 from trace_envs import snapshots
 
 BAR = 0.30
@@ -184,7 +185,7 @@ def main(args: Args) -> bool:
     table = Table("", "us a step", "in adapters", "in allocator", "overhead", "all included", title=title)
     table.add_row("plain", f"{found['plain']:.0f}", "", "", "", "")
     args.output.mkdir(exist_ok=True)
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+    config = config_of(args)
     with (args.output / "overhead.jsonl").open("w") as file:
         for name, row in ((k, v) for k, v in found.items() if k != "plain"):
             table.add_row(

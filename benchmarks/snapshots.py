@@ -24,7 +24,7 @@ import tempfile
 import timeit
 import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 import trace_envs
+from benchmarks import config_of
 from benchmarks.overhead import wrapper_overhead
 from trace_envs.multihop_qa import MultiHopQAEnv
 from trace_envs.snapshots import EnvSnapshot, adapter_for
@@ -293,7 +294,7 @@ def main(args: Args) -> int:
         table.add_row(row["figure"], shown, "" if bar is None else f"{bar:g}", note)
     Console().print(table)
     args.output.mkdir(parents=True, exist_ok=True)
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
+    config = config_of(args)
     with (args.output / "snapshots.jsonl").open("w") as file:
         for row in rows:
             file.write(json.dumps(row | {"config": config, "versions": versions()}) + "\n")

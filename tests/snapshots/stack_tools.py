@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from types import GeneratorType, ModuleType
 from typing import Any
 
@@ -13,6 +14,27 @@ from trace_envs.snapshots.wrappers import ALIKE
 
 RECORDS = {"episode_count", "episode_start_time", "time_queue", "return_queue", "length_queue", "frame_list"}
 CHECKS = {"checked_reset", "checked_step", "checked_data_reuse", "checked_render", "_previous_data"}
+
+ALL_CHECKS = (
+    "immutability",
+    "random state",
+    "global generators",
+    "wrapper state",
+    "restore and re-step",
+    "repeated restore",
+    "seeded restore",
+    "branch independence",
+    "digest",
+    "sibling instance",
+    "another process",
+)
+"""Of `check_snapshot`, in their order."""
+
+
+@cache
+def bare_pair(env_id: str) -> tuple[gym.Env, gym.Env]:
+    """Two instances of a registered environment, bare."""
+    return gym.make(env_id).unwrapped, gym.make(env_id).unwrapped
 
 
 def cart(**kwargs: Any) -> gym.Env:

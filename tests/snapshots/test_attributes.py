@@ -22,6 +22,7 @@ import pytest
 from gymnasium.utils import EzPickle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stack_tools import bare_pair
 
 from trace_envs import SnapshotUnsupportedError
 from trace_envs.snapshots import EnvSnapshot
@@ -42,14 +43,6 @@ IDS = [
     "MiniGrid-Dynamic-Obstacles-6x6-v0",
 ]
 RANDOM_IN_STEP = {"FrozenLake-v1", "Blackjack-v1", "MiniGrid-Dynamic-Obstacles-6x6-v0"}
-_PAIRS: dict[str, tuple[gym.Env, gym.Env]] = {}
-
-
-def pair(env_id: str) -> tuple[gym.Env, gym.Env]:
-    """Two instances of a registered environment, bare."""
-    if env_id not in _PAIRS:
-        _PAIRS[env_id] = gym.make(env_id).unwrapped, gym.make(env_id).unwrapped
-    return _PAIRS[env_id]
 
 
 def future(env: gym.Env, actions: list[Any]) -> list[Any]:
@@ -70,7 +63,7 @@ def put(env: gym.Env, taken: EnvSnapshot, seed: int | None = None) -> None:
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**31), before=st.integers(0, 12), after=st.integers(1, 20))
 def test_the_future_repeats_bit_for_bit_here_and_in_a_sibling(env_id: str, seed: int, before: int, after: int) -> None:
-    env, sibling = pair(env_id)
+    env, sibling = bare_pair(env_id)
     env.action_space.seed(seed)
     actions = [env.action_space.sample() for _ in range(before + after)]
     env.reset(seed=seed)
@@ -97,7 +90,7 @@ def test_the_future_repeats_bit_for_bit_here_and_in_a_sibling(env_id: str, seed:
 
 @pytest.mark.parametrize("env_id", IDS)
 def test_a_seed_decides_what_is_random_from_there_on(env_id: str) -> None:
-    env, sibling = pair(env_id)
+    env, sibling = bare_pair(env_id)
     env.reset(seed=3)
     sibling.reset(seed=4)
     taken = adapter_for(env).take(env)
@@ -115,7 +108,7 @@ def test_a_seed_decides_what_is_random_from_there_on(env_id: str) -> None:
 
 
 def test_renewing_is_putting_back_the_present_with_a_seed() -> None:
-    env, sibling = pair("FrozenLake-v1")
+    env, sibling = bare_pair("FrozenLake-v1")
     env.reset(seed=1)
     taken = adapter_for(env).take(env)
     adapter_for(env).renew(env, 5)
@@ -266,7 +259,7 @@ def test_tensors_are_copied_by_their_own_means() -> None:
 
 @pytest.mark.parametrize("env_id", IDS)
 def test_snapshots_can_be_pickled_and_written(env_id: str) -> None:
-    env, sibling = pair(env_id)
+    env, sibling = bare_pair(env_id)
     env.reset(seed=8)
     sibling.reset(seed=9)
     taken = adapter_for(env).take(env)
@@ -521,11 +514,11 @@ def test_nothing_changes_when_a_snapshot_is_refused() -> None:
 
 
 def test_bytes_name_no_function_that_is_not_the_environments_own() -> None:
-    env = Bare(rule=max, helper=pair)
+    env = Bare(rule=max, helper=future)
     taken = EnvSnapshot.from_bytes(adapter_for(env).take(env).to_bytes())
     for target in (env, Bare()):
         put(target, taken)
-        assert target.rule is max and target.helper is pair
+        assert target.rule is max and target.helper is future
     taken.payload.values["rule"] = Named("os", "system")
     with pytest.raises(SnapshotUnsupportedError, match=r"env\.rule is os\.system, which is none of the functions"):
         put(env, taken)

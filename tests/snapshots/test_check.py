@@ -41,24 +41,11 @@ from broken_envs import (
     Walk,
 )
 from gymnasium.wrappers import TimeLimit
+from stack_tools import ALL_CHECKS
 
 from trace_envs.snapshots import ReplayDivergenceError
 from trace_envs.snapshots.check import SnapshotCheckError, check_snapshot
 from trace_envs.snapshots.replay import Replayable
-
-CHECKS = (
-    "immutability",
-    "random state",
-    "global generators",
-    "wrapper state",
-    "restore and re-step",
-    "repeated restore",
-    "seeded restore",
-    "branch independence",
-    "digest",
-    "sibling instance",
-    "another process",
-)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -76,7 +63,7 @@ def _registered():
 def test_a_right_environment_passes_every_check():
     env = gym.make("CheckWalk-v0")
     report = check_snapshot(env)
-    assert report.passed == CHECKS and not report.skipped
+    assert report.passed == ALL_CHECKS and not report.skipped
     assert (report.env_id, report.adapter, report.episodes, report.turns) == ("CheckWalk-v0", "own kind", 3, 24)
     # It is left reset.
     assert env.unwrapped.state["turn"] == 0
@@ -281,7 +268,7 @@ def test_a_replay_that_diverges_is_named_with_its_turn():
 def test_a_nondeterministic_environment_is_compared_only_where_it_was_restored():
     report = check_snapshot(gym.make("CheckNoisy-v0"), another_process=False)
     assert report.passed == ("immutability", "random state", "wrapper state", "digest", "sibling instance")
-    assert set(report.skipped) == set(CHECKS) - set(report.passed)
+    assert set(report.skipped) == set(ALL_CHECKS) - set(report.passed)
     assert "spec.nondeterministic" in report.skipped["restore and re-step"]
     with pytest.raises(SnapshotCheckError, match="digest of turn 0 is another"):
         check_snapshot(gym.make("CheckNoisyWithAClock-v0"), another_process=False)

@@ -18,6 +18,7 @@ from gymnasium.wrappers import (
     TimeLimit,
     TransformObservation,
 )
+from stack_tools import ALL_CHECKS
 
 from trace_envs.snapshots.check import check_snapshot
 from trace_envs.snapshots.replay import Replayable
@@ -25,19 +26,7 @@ from trace_envs.snapshots.replay import Replayable
 lock_env.register()
 gym.register_envs((ale_py, minigrid))  # both register on import
 
-EVERYTHING = {
-    "immutability",
-    "random state",
-    "global generators",
-    "wrapper state",
-    "restore and re-step",
-    "repeated restore",
-    "seeded restore",
-    "branch independence",
-    "digest",
-    "sibling instance",
-    "another process",
-}
+EVERYTHING = set(ALL_CHECKS)
 
 ENVIRONMENTS = {
     "TraceMultiHopQA-v0": {"search_dropout": 0.3},

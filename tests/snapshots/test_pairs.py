@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stack_tools import bare_pair
 
 from trace_envs import SnapshotUnsupportedError
 from trace_envs.snapshots import EnvSnapshot
@@ -20,14 +21,6 @@ from trace_envs.snapshots.adapters.atari import _held, _hold, _restore
 from trace_envs.snapshots.compare import difference
 
 gym.register_envs(ale_py)
-_GAMES: dict[str, tuple[gym.Env, gym.Env]] = {}
-
-
-def games(env_id: str) -> tuple[gym.Env, gym.Env]:
-    """Two instances of a game, bare."""
-    if env_id not in _GAMES:
-        _GAMES[env_id] = gym.make(env_id).unwrapped, gym.make(env_id).unwrapped
-    return _GAMES[env_id]
 
 
 def future(env: gym.Env, actions: list[Any]) -> list[Any]:
@@ -48,7 +41,7 @@ def put(env: gym.Env, taken: EnvSnapshot, seed: int | None = None) -> None:
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**31), before=st.integers(1, 80))
 def test_an_emulator_goes_on_as_it_would_have(env_id: str, seed: int, before: int) -> None:
-    env, sibling = games(env_id)
+    env, sibling = bare_pair(env_id)
     rng = np.random.default_rng(seed)
     env.reset(seed=seed)
     actions = rng.integers(env.action_space.n, size=before + 40)
@@ -73,7 +66,7 @@ def test_an_emulator_goes_on_as_it_would_have(env_id: str, seed: int, before: in
 
 
 def test_the_held_action_is_read_for_every_action_and_strength() -> None:
-    env, other = games("ALE/Breakout-v5")
+    env, other = bare_pair("ALE/Breakout-v5")
     for target, different in ((env, 4), (gym.make("ALE/MsPacman-v5").unwrapped, 9)):
         target.reset(seed=1)
         future(target, [1, 2, 3] * 5)
@@ -96,7 +89,7 @@ def test_the_held_action_is_read_for_every_action_and_strength() -> None:
 
 
 def test_the_held_action_matters_and_is_carried() -> None:
-    env, _ = games("ALE/Pong-v5")
+    env, _ = bare_pair("ALE/Pong-v5")
     env.reset(seed=5)
     future(env, [0] * 20)
     state = env.clone_state(include_rng=True).serialize()
@@ -117,7 +110,7 @@ def test_the_held_action_matters_and_is_carried() -> None:
 
 
 def test_two_restores_share_their_luck_exactly_when_they_share_their_seed() -> None:
-    env, sibling = games("ALE/Pong-v5")
+    env, sibling = bare_pair("ALE/Pong-v5")
     env.reset(seed=2)
     sibling.reset(seed=3)
     future(env, [2, 3] * 20)
@@ -137,7 +130,7 @@ def test_two_restores_share_their_luck_exactly_when_they_share_their_seed() -> N
 
 
 def test_the_frame_counter_survives() -> None:
-    env, sibling = games("ALE/Pong-v5")
+    env, sibling = bare_pair("ALE/Pong-v5")
     env.reset(seed=0)
     future(env, [0] * 30)
     taken, at = adapter_for(env).take(env), env.ale.getFrameNumber()
@@ -164,7 +157,7 @@ def test_stochastic_frame_skips_and_games_without_sticky_actions() -> None:
 
 
 def test_an_emulator_of_another_game_is_refused() -> None:
-    pong, breakout = games("ALE/Pong-v5")[0], games("ALE/Breakout-v5")[0]
+    pong, breakout = bare_pair("ALE/Pong-v5")[0], bare_pair("ALE/Breakout-v5")[0]
     with pytest.raises(ValueError, match="game="):
         put(breakout, adapter_for(pong).take(pong))
     odd = gym.make("ALE/Pong-v5", repeat_action_probability=0.5).unwrapped

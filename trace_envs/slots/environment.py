@@ -18,13 +18,13 @@ from trace_envs import snapshots
 from trace_envs.slots.base import Opened, Result, SlotError
 from trace_envs.snapshots import EnvSnapshot, SnapshotUnsupportedError, adapter_for
 from trace_envs.snapshots.adapters import env_id
+from trace_envs.snapshots.adapters.kinds import ATOMS
 from trace_envs.snapshots.replay import Replayable
 from trace_envs.snapshots.stack import split
 from trace_envs.snapshots.wrappers import carried_state, restore_carried
 
 Replay = Literal["auto", "never"]
 _new: Callable[[Any, Any], Result] = tuple.__new__  # type: ignore[assignment]
-_VALUES = (str, bytes, bool, int, float, complex, type(None), np.generic)
 
 
 def copied(value: Any, leaf: Callable[[Any], Any]) -> Any:
@@ -50,7 +50,7 @@ def copied(value: Any, leaf: Callable[[Any], Any]) -> Any:
 
 def copied_observation(value: Any) -> Any:
     """Returns an observation that is the caller's own, whatever it is made of."""
-    return copied(value, lambda leaf: leaf if isinstance(leaf, _VALUES) else copy.deepcopy(leaf))
+    return copied(value, lambda leaf: leaf if type(leaf) in ATOMS else copy.deepcopy(leaf))
 
 
 def copied_info(value: Any) -> Any:

@@ -13,12 +13,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from trace_envs.snapshots import arrays
+from trace_envs.snapshots.arrays import BIT_GENERATORS, check_generator_state
 
-_BIT_GENERATORS = {
-    cls.__name__: cls
-    for cls in (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64)
-}
 _LEGACY, _PYTHON = "RandomState", "random.Random"
 
 # Spaces that are not made of others.
@@ -51,7 +47,7 @@ _NEVER_ASKED: tuple[GeneratorState | None, ...] = (None,)
 def is_generator(value: object) -> bool:
     """Says whether a value is a generator that `freeze` can carry."""
     if isinstance(value, np.random.Generator):
-        return type(value) is np.random.Generator and type(value.bit_generator).__name__ in _BIT_GENERATORS
+        return type(value) is np.random.Generator and type(value.bit_generator).__name__ in BIT_GENERATORS
     return type(value) in (np.random.RandomState, random.Random)
 
 
@@ -85,7 +81,7 @@ def thaw(frozen: GeneratorState) -> Generator:
         return legacy
     entropy, spawn_key, children = frozen.origin or (0, (), 0)
     sequence = np.random.SeedSequence(entropy, spawn_key=spawn_key, n_children_spawned=children)
-    bits = _BIT_GENERATORS[frozen.kind](sequence)
+    bits = BIT_GENERATORS[frozen.kind](sequence)
     bits.state = frozen.state
     return np.random.Generator(bits)
 
@@ -109,9 +105,9 @@ def can_take(frozen: GeneratorState, own: object) -> bool:
 
 def _check(frozen: GeneratorState) -> None:
     """Refuses states that NumPy takes unchecked and that would lead a generator outside its own memory."""
-    if not isinstance(frozen.state, dict) or frozen.state.get("bit_generator") not in _BIT_GENERATORS:
+    if not isinstance(frozen.state, dict) or frozen.state.get("bit_generator") not in BIT_GENERATORS:
         raise ValueError(f"the snapshot is damaged: it does not hold the state of a {frozen.kind}")
-    arrays.check_generator_state(frozen.state)
+    check_generator_state(frozen.state)
 
 
 def seeded(kind: str, seed: int, index: int) -> Generator:
@@ -121,7 +117,7 @@ def seeded(kind: str, seed: int, index: int) -> Generator:
         return random.Random(int.from_bytes(child.generate_state(8).tobytes(), "little"))
     if kind == _LEGACY:
         return np.random.RandomState(np.random.MT19937(child))
-    return np.random.Generator(_BIT_GENERATORS[kind](child))
+    return np.random.Generator(BIT_GENERATORS[kind](child))
 
 
 def kind_of(generator: Generator) -> str:
