@@ -63,7 +63,8 @@ def edge_coefficients(forest: Forest, credits: list[EdgeCredit], aggregation: st
     * `token`: every token counts the same.
 
     The first two divide by the mean number of sampled tokens of a root-to-leaf path, a constant of the batch, so that the
-    step size means the same at any length.
+    step size means the same at any length. A tree counts `Tree.loss_weight` times its share, and one of weight 0 is not counted
+    in any mean either: it was filtered out (`Allocator.loss_weights`).
 
     Args:
         forest: The batch.
@@ -79,14 +80,16 @@ def edge_coefficients(forest: Forest, credits: list[EdgeCredit], aggregation: st
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"unknown aggregation {aggregation!r}; known: {', '.join(AGGREGATIONS)}")
     lengths = [np.array([0 if n.sample is None else len(n.sample.action_ids) for n in t.nodes]) for t in forest]
+    share = np.array([t.loss_weight for t in forest])
+    counted = share > 0
     if aggregation == "token":
-        total = sum(int(n.sum()) for n in lengths)
-        return [np.full(len(n), 1 / max(total, 1)) for n in lengths]
+        total = sum(int(n.sum()) for n, c in zip(lengths, counted, strict=True) if c)
+        return [np.full(len(n), s / max(total, 1)) for n, s in zip(lengths, share, strict=True)]
     if aggregation == "edge":
-        total = sum(int((n > 0).sum()) for n in lengths)
-        return [1 / (np.maximum(n, 1) * max(total, 1)) for n in lengths]
+        total = sum(int((n > 0).sum()) for n, c in zip(lengths, counted, strict=True) if c)
+        return [s / (np.maximum(n, 1) * max(total, 1)) for n, s in zip(lengths, share, strict=True)]
     mass = np.array([max(len(t.root.children), 1) if aggregation == "trajectory" else 1 for t in forest], dtype=float)
-    mass /= mass.sum()
+    mass *= share / max(float(mass[counted].sum()), 1.0)
     per_tree = [float((c.weight * n).sum()) for c, n in zip(credits, lengths, strict=True)]
     mean_tokens = max(float(np.dot(mass, per_tree)), 1.0)
     return [m * c.weight / mean_tokens for m, c in zip(mass, credits, strict=True)]

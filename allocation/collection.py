@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from allocation.allocators import Allocator
 from allocation.batching import value
+from allocation.methods.base import Allocator
 from allocation.scheduler import Job, Scheduler
 from allocation.tree import Forest, Node, Root, Sample, Tree, total_reward
 from trace_envs.slots import Result, Slots
@@ -161,14 +161,9 @@ class Collection:
             ledger.prefilled_tokens += computed
             for tree, features in zip(trees, hidden, strict=True):
                 tree.root.features = features
-        with ledger.timed("allocate"):
-            counts = np.asarray(self._allocator.allocate_roots(trees, root_budget, self._rng))
-        chosen = [(tree, int(m)) for tree, m in zip(trees, counts, strict=True) if m > 0]
-        for index, (tree, _) in enumerate(chosen):
-            tree.index = index
-            self.forest.trees.append(tree)
         rest = self._budget - root_budget
-        self._scheduler = Scheduler(self._allocator, self.forest, [m for _, m in chosen], rest, self._rng)
+        with ledger.timed("allocate"):
+            self._scheduler = Scheduler(self._allocator, self.forest, trees, root_budget, rest, self._rng)
 
     def close(self) -> None:
         """Lets `open` go no further: for a driver that leaves a thread behind in it."""
@@ -196,9 +191,10 @@ class Collection:
     def wanted(self, rollout: Rollout) -> bool:
         """Returns whether the moments of a rollout have to be kept; it does not change while the rollout lasts.
 
-        A prompt's anchors are chosen once, when the last of its root rollouts is finished (`Allocator.allocate_prefixes`).
-        So none lies on a continuation, on a root rollout that was added afterwards, or in a tree without a budget of
-        continuations, as every tree is where the allocator spends all of the budget on roots.
+        A prompt's anchors are chosen when the last of its root rollouts is finished, and again after each wave of
+        continuations but the last (`Allocator.allocate_prefixes`). So none lies on a continuation of the last wave, on a root
+        rollout that was added afterwards, or in a tree without a budget of continuations, as every tree is where the
+        allocator spends all of the budget on roots.
         """
         assert self._scheduler is not None
         return self._keep or self._scheduler.will_branch(rollout.job.tree)
@@ -314,11 +310,12 @@ class Collection:
         assert self._scheduler is not None
         ledger = self.forest.ledger
         with ledger.timed("allocate"):
-            self._scheduler.finished(job)
-        if job.tree.finished:
+            over = self._scheduler.finished(job)
+        if over:
             # Not after every rollout: it asks all slots.
             replayed = self._slots.replayed_turns()
             ledger.replayed_turns += replayed - self._replayed
             self._replayed = replayed
+        for tree in over:
             if not self._keep:
-                job.tree.drop_snapshots()
+                tree.drop_snapshots()

@@ -17,7 +17,12 @@ class Ledger:
         root_rollouts: Rollouts from prompts to terminals.
         continuations: Rollouts from inner prefixes to terminals.
         leftover_roots: Those of `root_rollouts` that were planned as continuations and found no prefix.
-        unspent: Rollouts of the budget that no anchor could take.
+        unspent: Rollouts of the budget that no anchor could take, or that the allocator left.
+        root_waves: Waves in which the root stage was spent.
+        prefix_waves: Most waves in which a prompt's continuations were spent.
+        outcome_stops: Prompts whose number of rollouts was decided in view of their own outcomes (optional stopping).
+        filtered_prompts: Prompts that were sampled and then left out of the loss.
+        fallbacks: Times that the allocator fell back to a uniform allocation because a predictor failed.
         generated_tokens: Tokens sampled.
         prefilled_tokens: Context tokens computed.
         cached_tokens: Context tokens whose keys and values were reused instead.
@@ -34,6 +39,11 @@ class Ledger:
     continuations: int = 0
     leftover_roots: int = 0
     unspent: int = 0
+    root_waves: int = 0
+    prefix_waves: int = 0
+    outcome_stops: int = 0
+    filtered_prompts: int = 0
+    fallbacks: int = 0
     generated_tokens: int = 0
     prefilled_tokens: int = 0
     cached_tokens: int = 0

@@ -30,10 +30,11 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from allocation.allocators import Allocator, make_allocator
+from allocation.allocators import make_allocator
 from allocation.asking import AsyncFunction, AsyncPolicy, Batches, BatchPolicy, RolloutError, act_of, blamed, error_at
 from allocation.batching import value
 from allocation.collection import Collection, Encode, Rollout, Success, default_success, random_seeds
+from allocation.methods.base import Allocator
 from allocation.predictor import Predictor
 from allocation.threads import Worker
 from allocation.tree import TIMED_OUT, Forest, Root, Sample
@@ -195,6 +196,10 @@ class AsyncRunner:
             collection.close()
             await self._usable()  # no environment is left hanging
             raise
+        finally:
+            for tree in self.forest:
+                if tree.finished:
+                    tree.sort()
         return self.forest
 
     def _judge(self, total_reward: float, info: dict[str, Any]) -> bool:
@@ -297,8 +302,6 @@ class _Run:
             result = await self._step(rollout, value(action))
             with blamed(rollout, 0, "the verdict on the episode"):
                 over = self._collection.record(rollout, action, sample, result)
-        if rollout.job.tree.finished:
-            rollout.job.tree.sort()
         self._more.set()
         self._more = asyncio.Event()
         return not isinstance(result.info, _Unanswered) or await self._runner._replace(rollout.slot)

@@ -1,7 +1,11 @@
 """The one core that says what a free slot does next; every driver uses it.
 
-Invariant: each job handed out is finished exactly once, and a prompt's prefix stage is planned at the moment when the last
-of its root rollouts is finished: local to the prompt, without a barrier between prompts.
+Invariant: each job handed out is finished exactly once, and what is planned depends on outcomes alone, never on the order in
+which rollouts happen to finish.
+
+The root stage is spent in waves, each planned when the one before is finished; most methods have one. With the last wave the
+prompts part company: a prompt's prefix stage is planned at the moment when the last of its root rollouts is finished, without
+a barrier between prompts, and again after each of its own waves of continuations.
 
 What a prompt cannot spend on prefixes (it has none, or caps bind) it spends on further root rollouts, up to the allocator's
 bound for a prompt, so that methods are compared at equal cost; the rest stays unspent. The ledger counts both.
@@ -17,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from allocation.allocators import Allocator
+from allocation.methods.base import Allocator
 from allocation.tree import Forest, Node, Origin, Tree
 
 
@@ -31,51 +35,71 @@ class Job:
     rollout: int
 
 
+@dataclass(slots=True)
+class _Account:
+    """What is still to come for one tree of the forest.
+
+    Attributes:
+        roots: Root rollouts that it was given.
+        open: Its rollouts that are queued or running.
+        continuations: Continuations that it may still spend.
+        waves: Waves of continuations that were planned.
+    """
+
+    roots: int = 0
+    open: int = 0
+    continuations: int = 0
+    waves: int = 0
+
+
 class Scheduler:
-    """Turns an allocation into jobs.
+    """Turns the allocation of a batch into jobs.
 
     Args:
-        allocator: Decides how the budget of continuations of a prompt is spent over its prefixes.
-        forest: Holds the trees, one for each prompt that was given root rollouts.
-        root_counts: Root rollouts for each tree of the forest, at least one each.
+        allocator: Decides.
+        forest: Gets a tree as soon as it is given rollouts.
+        candidates: The pool of prompts.
+        root_budget: Root rollouts to spend.
         continuations: Continuations to spend on all trees together.
-        rng: Generator for the fractional part of continuation budgets; seeds those that break ties among prefixes.
+        rng: Generator of the first wave of the root stage; seeds those of everything else.
     """
 
     def __init__(
         self,
         allocator: Allocator,
         forest: Forest,
-        root_counts: Sequence[int],
+        candidates: Sequence[Tree],
+        root_budget: int,
         continuations: int,
         rng: np.random.Generator,
     ):
-        if len(root_counts) != len(forest.trees):
-            raise ValueError(f"{len(forest.trees)} trees but {len(root_counts)} root counts")
         self._allocator = allocator
+        self._forest = forest
+        self._ledger = forest.ledger
+        self._candidates = list(candidates)
+        self._root_budget = root_budget
+        self._total_continuations = continuations
+        self._fallbacks = allocator.fallbacks
         self._roots: deque[Job] = deque()
         self._continuations: deque[Job] = deque()
+        self._accounts: list[_Account] = []
         self._pending = 0
-        # Root rollouts of each tree, and rollouts of any origin, that are queued or running.
-        self._open_roots = {tree.index: int(m) for tree, m in zip(forest.trees, root_counts, strict=True)}
-        self._open = dict(self._open_roots)
-        self._ledger = forest.ledger
-        self._prefix_budgets = [int(k) for k in allocator.prefix_budgets(np.asarray(root_counts), continuations, rng)]
-        # A generator for each tree: what is planned must not depend on which prompt is finished first.
+        self._watched = 0  # trees counted in `outcome_stops`
+        self._parted = False  # whether the last wave of the root stage is planned
+        self._plan_roots(rng)
+        # What is planned later must not depend on which rollout is finished first, so it has generators of its own.
         self._entropy = int(rng.integers(2**63 - 1))
-        for tree, count in zip(forest.trees, root_counts, strict=True):
-            for _ in range(int(count)):
-                self._roots.append(self._job(tree, tree.root, "root"))
-
-    @staticmethod
-    def _job(tree: Tree, node: Node, origin: Origin) -> Job:
-        job = Job(tree, node, origin, tree.num_rollouts)
-        tree.num_rollouts += 1
-        return job
+        if self._parted:
+            self._part(rng)
+        if not self._accounts:
+            raise ValueError(
+                f"allocator {allocator.name!r} gave no rollouts to any of {len(candidates)} candidates "
+                f"with a root budget of {root_budget}"
+            )
 
     def will_branch(self, tree: Tree) -> bool:
-        """Returns whether the anchors of a tree are still to be chosen, from the nodes that it has by then."""
-        return bool(self._prefix_budgets[tree.index])
+        """Returns whether anchors of a tree are still to be chosen, from the nodes that it has by then."""
+        return bool(self._accounts[tree.index].continuations if self._parted else self._total_continuations)
 
     def next(self) -> Job | None:
         """Returns the next job, or `None` if there is none now (more may come when running jobs finish)."""
@@ -85,36 +109,131 @@ class Scheduler:
         self._pending += 1
         return queue.popleft()
 
-    def finished(self, job: Job) -> None:
-        """Reports that a job's rollout has reached a terminal."""
-        tree = job.tree
+    def finished(self, job: Job) -> list[Tree]:
+        """Reports that a job's rollout has reached a terminal; returns the trees that nothing will be added to any more."""
         self._pending -= 1
-        self._open[tree.index] -= 1
-        if job.origin == "root":
-            self._open_roots[tree.index] -= 1
-            if not self._open_roots[tree.index]:
-                self._plan_prefixes(tree)
-        tree.finished = not self._open[tree.index]
-
-    def _plan_prefixes(self, tree: Tree) -> None:
-        budget = self._prefix_budgets[tree.index]
-        if not budget:
-            return
-        self._prefix_budgets[tree.index] = 0
-        self._open[tree.index] += budget
-        rng = np.random.default_rng([self._entropy, tree.index])
-        for node_id, count in self._allocator.allocate_prefixes(tree, budget, rng):
-            budget -= count
-            self._continuations.extend(self._job(tree, tree.nodes[node_id], "continuation") for _ in range(count))
-        most = self._allocator.max_rollouts(tree)
-        leftover = budget if most is None else min(budget, max(most - len(tree.leaves("root")), 0))
-        self._open_roots[tree.index] = leftover
-        self._roots.extend(self._job(tree, tree.root, "root") for _ in range(leftover))
-        self._ledger.leftover_roots += leftover
-        self._ledger.unspent += budget - leftover
-        self._open[tree.index] -= budget - leftover
+        self._accounts[job.tree.index].open -= 1
+        if self._parted:
+            over = self._advance([job.tree])
+        elif self._pending or self._roots:
+            over = []
+        else:
+            rng = np.random.default_rng([self._entropy, 1, self._ledger.root_waves])
+            sampled = len(self._accounts)
+            self._plan_roots(rng)
+            if self._allocator.stops_on_outcomes:
+                # Their numbers of rollouts were settled, one way or the other, with their outcomes in view.
+                self._ledger.outcome_stops += sampled - self._watched
+                self._watched = sampled
+            over = []
+            if self._parted:
+                self._part(rng)
+                over = self._advance(self._forest.trees)
+        if self.done:
+            self._close()
+        return over
 
     @property
     def done(self) -> bool:
         """Whether all work is finished."""
-        return not (self._pending or self._roots or self._continuations)
+        return self._parted and not (self._pending or self._roots or self._continuations)
+
+    # The root stage.
+
+    def _plan_roots(self, rng: np.random.Generator) -> None:
+        ledger, left = self._ledger, self._root_budget
+        counts = np.asarray(self._allocator.allocate_roots(self._candidates, left, rng, ledger.root_waves))
+        spent = int(counts.sum())
+        if counts.shape != (len(self._candidates),) or (counts < 0).any() or spent > left:
+            raise ValueError(
+                f"allocator {self._allocator.name!r} must give each of {len(self._candidates)} candidates 0 or more of "
+                f"{left} root rollouts, got {counts.tolist()}"
+            )
+        for tree, count in zip(self._candidates, counts.tolist(), strict=True):
+            if not count:
+                continue
+            if tree.index < 0:
+                tree.index = len(self._forest.trees)
+                self._forest.trees.append(tree)
+                self._accounts.append(_Account())
+            self._accounts[tree.index].roots += count
+            self._add_roots(tree, count)
+        self._root_budget -= spent
+        if spent:
+            ledger.root_waves += 1
+        if not spent or not self._root_budget:
+            self._parted = True
+            ledger.unspent += self._root_budget
+
+    def _part(self, rng: np.random.Generator) -> None:
+        """Settles what each prompt may spend on continuations."""
+        if not self._accounts:
+            return
+        roots = np.array([account.roots for account in self._accounts])
+        budgets = self._allocator.prefix_budgets(roots, self._total_continuations, rng)
+        for account, budget in zip(self._accounts, budgets, strict=True):
+            account.continuations = int(budget)
+
+    # Prompt by prompt.
+
+    def _advance(self, trees: Sequence[Tree]) -> list[Tree]:
+        """Plans what comes next for trees none of whose rollouts is under way; returns those for which nothing does."""
+        over = []
+        for tree in trees:
+            account = self._accounts[tree.index]
+            if not account.open and account.continuations:
+                self._plan_prefixes(tree, account)
+            if not account.open:
+                tree.finished = True
+                over.append(tree)
+        return over
+
+    def _plan_prefixes(self, tree: Tree, account: _Account) -> None:
+        budget = account.continuations
+        rng = np.random.default_rng([self._entropy, 0, tree.index, account.waves])
+        planned = self._allocator.allocate_prefixes(tree, budget, rng, account.waves)
+        spent = sum(count for _, count in planned)
+        bad = [i for i, count in planned if count < 0 or tree.nodes[i].terminal or not tree.nodes[i].depth]
+        if bad or spent > budget:
+            raise ValueError(
+                f"allocator {self._allocator.name!r} must spend at most {budget} continuations of tree {tree.key!r} on inner "
+                f"prefixes, got (node, continuations) {planned}"
+            )
+        account.continuations -= spent
+        account.waves += 1
+        for i, count in planned:
+            self._continuations.extend(self._job(tree, tree.nodes[i], "continuation") for _ in range(count))
+        account.open += spent
+        if spent:
+            self._ledger.prefix_waves = max(self._ledger.prefix_waves, account.waves)
+            return
+        most = self._allocator.max_rollouts(tree)
+        leftover = budget if most is None else min(budget, max(most - account.roots, 0))
+        account.continuations = 0
+        self._add_roots(tree, leftover)
+        self._ledger.leftover_roots += leftover
+        self._ledger.unspent += budget - leftover
+
+    def _add_roots(self, tree: Tree, count: int) -> None:
+        self._roots.extend(self._job(tree, tree.root, "root") for _ in range(count))
+        self._accounts[tree.index].open += count
+
+    @staticmethod
+    def _job(tree: Tree, node: Node, origin: Origin) -> Job:
+        job = Job(tree, node, origin, tree.num_rollouts)
+        tree.num_rollouts += 1
+        return job
+
+    def _close(self) -> None:
+        """Settles what enters the loss."""
+        trees = self._forest.trees
+        weights = np.asarray(self._allocator.loss_weights(trees), dtype=np.float64)
+        if weights.shape != (len(trees),) or not (np.isfinite(weights) & (weights >= 0)).all():
+            raise ValueError(
+                f"allocator {self._allocator.name!r} must give each of {len(trees)} trees a finite loss weight of 0 or more, "
+                f"got {weights.tolist()}"
+            )
+        for tree, weight in zip(trees, weights.tolist(), strict=True):
+            tree.loss_weight = weight
+        self._ledger.filtered_prompts += int((weights == 0).sum())
+        self._ledger.fallbacks += self._allocator.fallbacks - self._fallbacks

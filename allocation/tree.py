@@ -147,6 +147,7 @@ class Tree:
         rollout_seeds: By number of a rollout, the seed that was given when its anchor was restored: what was random in it is
             a function of this seed. `None` for one that has not begun.
         num_rollouts: Rollouts planned so far, root rollouts and continuations together.
+        loss_weight: What the tree counts in the loss; 1 is its even share, 0 leaves it out (`Allocator.loss_weights`).
         finished: Whether all of them have ended and none will be added; what was kept to branch the tree may go then.
     """
 
@@ -168,6 +169,7 @@ class Tree:
         self.rollout_seeds: list[int | None] = []
         self.nodes: list[Node] = [Node(0, None, 0, "root", -1, observation=observation)]
         self.num_rollouts = 0
+        self.loss_weight = 1.0
         self.finished = False
 
     @property

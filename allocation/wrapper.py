@@ -21,7 +21,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from allocation.allocators import Allocator, make_allocator
+from allocation.allocators import make_allocator
 from allocation.batching import batch_observations, placeholder, single_actions, value
 from allocation.collection import (
     Collection,
@@ -33,6 +33,7 @@ from allocation.collection import (
     default_success,
     random_seeds,
 )
+from allocation.methods.base import Allocator
 from allocation.positions import Positions
 from allocation.predictor import Predictor
 from allocation.tree import Forest, Sample

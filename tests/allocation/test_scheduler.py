@@ -6,44 +6,49 @@ from hypothesis import strategies as st
 
 import allocation.collection
 from allocation import Forest, TraceAllocator, TraceConfig, Tree, TreeAllocationWrapper, UniformAllocator
+from allocation.methods.base import Allocator
 from allocation.scheduler import Scheduler
 
 
-class Recorder:
-    """Plans one continuation at a time from the first inner node, and notes when it was asked."""
+class Recorder(Allocator):
+    """Gives roots what it is told, plans one continuation at a time from the first inner node, and notes when it was asked."""
 
     name = "recorder"
 
-    def __init__(self, budgets):
-        self.budgets, self.asked = budgets, []
+    def __init__(self, counts, budgets):
+        self.counts, self.budgets, self.asked = counts, budgets, []
+
+    def allocate_roots(self, candidates, budget, rng, wave=0):
+        return np.array(self.counts)
 
     def prefix_budgets(self, root_counts, total, rng):
         return np.array(self.budgets)
 
-    def allocate_prefixes(self, tree, budget, rng):
+    def allocate_prefixes(self, tree, budget, rng, wave=0):
         self.asked.append(tree.index)
         return [(tree.root.children[0], budget)]
-
-    def max_rollouts(self, tree):
-        return None
 
 
 class NoPrefixes(Recorder):
     """Finds no prefix worth a continuation."""
 
-    def __init__(self, budgets, most):
-        super().__init__(budgets)
+    def __init__(self, counts, budgets, most):
+        super().__init__(counts, budgets)
         self.most = most
 
-    def allocate_prefixes(self, tree, budget, rng):
+    def allocate_prefixes(self, tree, budget, rng, wave=0):
         return []
 
     def max_rollouts(self, tree):
         return self.most
 
 
-def make_forest(n):
-    return Forest([Tree(f"t{i}", i, "prompt") for i in range(n)])
+def begin(allocator, continuations, rng=None):
+    """Opens a forest of the prompts that the allocator was made for."""
+    forest = Forest()
+    trees = [Tree(f"t{i}", -1, "prompt") for i in range(len(allocator.counts))]
+    rng = rng or np.random.default_rng(0)
+    return forest, Scheduler(allocator, forest, trees, sum(allocator.counts), continuations, rng)
 
 
 @settings(max_examples=80, deadline=None)
@@ -55,8 +60,8 @@ def make_forest(n):
 def test_every_job_is_handed_out_once_and_prefixes_are_planned_when_the_last_root_rollout_ends(prompts, slots, seed):
     rng = np.random.default_rng(seed)
     counts, budgets = zip(*prompts, strict=True)
-    forest, allocator = make_forest(len(prompts)), Recorder(budgets)
-    scheduler = Scheduler(allocator, forest, counts, sum(budgets), rng)
+    allocator = Recorder(counts, budgets)
+    forest, scheduler = begin(allocator, sum(budgets), rng)
     running, seen, open_roots = [], [], list(counts)
     while not scheduler.done:
         while len(running) < slots and (job := scheduler.next()) is not None:
@@ -86,8 +91,7 @@ def test_every_job_is_handed_out_once_and_prefixes_are_planned_when_the_last_roo
 
 
 def test_continuations_go_before_root_rollouts():
-    forest = make_forest(2)
-    scheduler = Scheduler(Recorder([2, 0]), forest, [1, 3], 2, np.random.default_rng(0))
+    _, scheduler = begin(Recorder([1, 3], [2, 0]), 2)
     job = scheduler.next()
     node = job.tree.add(job.node, job.rollout, "root")
     job.tree.add(node, job.rollout, "root", terminated=True)
@@ -97,8 +101,7 @@ def test_continuations_go_before_root_rollouts():
 
 @pytest.mark.parametrize(("most", "leftover"), [(None, 5), (16, 5), (6, 3), (3, 0), (1, 0)])
 def test_leftover_continuations_become_root_rollouts_up_to_the_bound(most, leftover):
-    forest = make_forest(1)
-    scheduler = Scheduler(NoPrefixes([5], most), forest, [3], 5, np.random.default_rng(0))
+    forest, scheduler = begin(NoPrefixes([3], [5], most), 5)
     jobs = 0
     while (job := scheduler.next()) is not None:
         assert job.origin == "root" and not forest.trees[0].finished
@@ -118,9 +121,19 @@ def test_trace_keeps_leftovers_within_m_max():
     assert ledger.root_rollouts + ledger.unspent == 24 and ledger.leftover_roots <= 3 and ledger.unspent >= 9
 
 
-def test_trees_and_counts_must_match():
-    with pytest.raises(ValueError, match="2 trees but 1 root counts"):
-        Scheduler(UniformAllocator(), make_forest(2), [3], 0, np.random.default_rng(0))
+@pytest.mark.parametrize("counts", [[3], [2, -1], [2, 2]])
+def test_an_allocator_that_gives_what_it_does_not_have_is_named(counts):
+    trees = [Tree(f"t{i}", -1, "prompt") for i in range(2)]
+    with pytest.raises(
+        ValueError, match="allocator 'recorder' must give each of 2 candidates 0 or more of 3 root rollouts"
+    ):
+        Scheduler(Recorder(counts, []), Forest(), trees, 3, 0, np.random.default_rng(0))
+
+
+def test_an_allocator_that_gives_nothing_is_named():
+    trees = [Tree(f"t{i}", -1, "prompt") for i in range(2)]
+    with pytest.raises(ValueError, match="gave no rollouts to any of 2 candidates"):
+        Scheduler(Recorder([0, 0], []), Forest(), trees, 3, 0, np.random.default_rng(0))
 
 
 @settings(max_examples=60, deadline=None)
@@ -163,16 +176,16 @@ def test_the_wrapper_plans_a_prompts_prefixes_after_all_its_root_rollouts(monkey
             planned.extend(root_counts)
             return super().prefix_budgets(root_counts, total, rng)
 
-        def allocate_prefixes(self, tree, budget, rng):
+        def allocate_prefixes(self, tree, budget, rng, wave=0):
             assert len(tree.leaves("root")) == planned[tree.index] and not tree.leaves("continuation")
             asked.append((tree.index, sum(len(t.leaves("root")) < planned[t.index] for t in envs.forest)))
-            return super().allocate_prefixes(tree, budget, rng)
+            return super().allocate_prefixes(tree, budget, rng, wave)
 
     finished = []
     monkeypatch.setattr(
         allocation.collection.Scheduler,
         "finished",
-        lambda self, job, real=Scheduler.finished: (finished.append(job), real(self, job)),
+        lambda self, job, real=Scheduler.finished: (finished.append(job), real(self, job))[1],
     )
     allocator = Spy(DepthPredictor(), TraceConfig(continuations=1, cap_per_rollout=None))
     envs = TreeAllocationWrapper(bit_vector(3), allocator=allocator, budget=32)

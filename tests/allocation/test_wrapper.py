@@ -214,9 +214,9 @@ def test_hidden_states_reach_the_root_stage():
     seen = []
 
     class Spy(TraceAllocator):
-        def allocate_roots(self, candidates, budget, rng):
+        def allocate_roots(self, candidates, budget, rng, wave=0):
             seen.extend(t.root.features for t in candidates)
-            return super().allocate_roots(candidates, budget, rng)
+            return super().allocate_roots(candidates, budget, rng, wave)
 
     def encode(contexts):
         return np.arange(len(contexts), dtype=np.float32)[:, None] * np.ones(3, np.float32), 7 * len(contexts)
