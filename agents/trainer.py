@@ -26,6 +26,7 @@ from agents.models import load_model
 from agents.policies import TransformersPolicy, collect
 from agents.runlog import CONFIG, RunLog, read_jsonl
 from allocation import Forest, HiddenStatePredictor, Ledger, Root, Tree, TreeAllocationWrapper, make_allocator
+from allocation.methods.predicted import PredictedAllocator
 from allocation.tree import tree_record
 
 
@@ -122,13 +123,6 @@ class Trainer:
             check_resumable(config, load_config(config.directory / CONFIG))
         source = config.model if checkpoint is None else str(checkpoint)
         self.model, self.tokenizer = load_model(source, device=config.device, dtype="float32")
-        self.policy = TransformersPolicy(
-            self.model,
-            self.tokenizer,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            seed=config.seed,
-        )
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         gains = [p for p in self.model.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW([{"params": matrices}, {"params": gains}], weight_decay=config.weight_decay)
@@ -139,6 +133,14 @@ class Trainer:
             predictor=HiddenStatePredictor(int(self.model.config.hidden_size), seed=config.seed),
             group_size=config.group_size,
             config=config.trace,
+        )
+        self.policy = TransformersPolicy(
+            self.model,
+            self.tokenizer,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+            entropy=self.allocator.uses_entropy,
         )
         self.rng = np.random.default_rng([config.seed, 0x7AC3])
         with contextlib.ExitStack() as opened:
@@ -151,7 +153,7 @@ class Trainer:
                 allocator=self.allocator,
                 budget=config.budget,
                 roots=self.deck,
-                encode=self.policy.encode if config.allocator != "grpo" else None,
+                encode=self.policy.encode if isinstance(self.allocator, PredictedAllocator) else None,
             )
             self.log = opened.enter_context(RunLog(config.directory, resume=resume, trackers=config.trackers))
             if checkpoint is not None:

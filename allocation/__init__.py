@@ -3,7 +3,8 @@
 from allocation.allocators import ALLOCATORS, TraceAllocator, TraceConfig, UniformAllocator, make_allocator
 from allocation.collection import Context
 from allocation.ledger import Ledger
-from allocation.predictor import HiddenStatePredictor, MeanPredictor, Predictor
+from allocation.predictor import Predictor
+from allocation.predictors import PREDICTORS, HiddenStatePredictor, MeanPredictor, make_predictor
 from allocation.runner import AsyncRunner, RolloutError
 from allocation.tree import Forest, Node, Root, Sample, Tree
 from allocation.verify import ForestVerificationError
@@ -11,6 +12,7 @@ from allocation.wrapper import TreeAllocationWrapper
 
 __all__ = [
     "ALLOCATORS",
+    "PREDICTORS",
     "AsyncRunner",
     "Context",
     "Forest",
@@ -29,4 +31,5 @@ __all__ = [
     "TreeAllocationWrapper",
     "UniformAllocator",
     "make_allocator",
+    "make_predictor",
 ]

@@ -7,23 +7,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from allocation.methods.adaptive import DAPOAllocator, ReinforceAdaAllocator
 from allocation.methods.base import Allocator
-from allocation.methods.trace import TraceAllocator, TraceConfig
+from allocation.methods.branching import ARPOAllocator, TreeGRPOAllocator, TreePOAllocator
+from allocation.methods.curriculum import MoPPSAllocator, PCLAllocator, VIPAllocator
+from allocation.methods.oracle import OracleAllocator
+from allocation.methods.trace import TraceAllocator, TracePlusAllocator
+from allocation.methods.trace_config import TraceConfig, TracePlusConfig
 from allocation.methods.uniform import UniformAllocator
-from allocation.predictor import HiddenStatePredictor, Predictor
+from allocation.predictor import Predictor
+from allocation.predictors import HiddenStatePredictor
 
-__all__ = ["ALLOCATORS", "METHODS", "Allocator", "TraceAllocator", "TraceConfig", "UniformAllocator", "make_allocator"]
+__all__ = [
+    "ALLOCATORS",
+    "METHODS",
+    "Allocator",
+    "TraceAllocator",
+    "TraceConfig",
+    "TracePlusConfig",
+    "UniformAllocator",
+    "make_allocator",
+]
 
 Factory = Callable[[Predictor, int, TraceConfig | None], Allocator]
 
 METHODS: dict[str, Factory] = {
     "grpo": lambda predictor, group_size, config: UniformAllocator(group_size),
+    "dapo": lambda predictor, group_size, config: DAPOAllocator(group_size),
+    "pcl": lambda predictor, group_size, config: PCLAllocator(predictor, group_size),
+    "mopps": lambda predictor, group_size, config: MoPPSAllocator(group_size),
+    "reinforce_ada": lambda predictor, group_size, config: ReinforceAdaAllocator(group_size),
+    "vip": lambda predictor, group_size, config: VIPAllocator(predictor, group_size),
+    "treepo": lambda predictor, group_size, config: TreePOAllocator(group_size),
+    "tree_grpo": lambda predictor, group_size, config: TreeGRPOAllocator(group_size),
+    "arpo": lambda predictor, group_size, config: ARPOAllocator(group_size),
     "trace": lambda predictor, group_size, config: TraceAllocator(predictor, config),
+    "trace_plus": lambda predictor, group_size, config: TracePlusAllocator(predictor, config),
+    "oracle": lambda predictor, group_size, config: OracleAllocator(predictor, config),
 }
 """Makes a method from a predictor, the size of a group and the settings of `trace`; each takes what it needs."""
 
-ALLOCATORS: tuple[str, ...] = tuple(METHODS)
-"""Names of all methods."""
+ALLOCATORS: tuple[str, ...] = tuple(name for name in METHODS if name != OracleAllocator.name)
+"""Names of all methods that a run can have; `oracle` needs to be told true values."""
 
 
 def make_allocator(

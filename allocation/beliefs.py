@@ -156,7 +156,14 @@ class BetaBeliefs:
         self._clock, self._counts = fresh._clock, fresh._counts
 
 
-def fit_kappa(v: npt.ArrayLike, successes: npt.ArrayLike, failures: npt.ArrayLike, *, epsilon: float = 1e-3) -> float:
+def fit_kappa(
+    v: npt.ArrayLike,
+    successes: npt.ArrayLike,
+    failures: npt.ArrayLike,
+    *,
+    relative: npt.ArrayLike | None = None,
+    epsilon: float = 1e-3,
+) -> float:
     """Concentration kappa that makes the counts most likely under a beta-binomial with mean V.
 
     Large where the predictions hold, small where outcomes scatter around them more than chance would. Keys with fewer
@@ -170,6 +177,7 @@ def fit_kappa(v: npt.ArrayLike, successes: npt.ArrayLike, failures: npt.ArrayLik
         v: float[n], predicted success probabilities in [0, 1], clipped to [epsilon, 1 - epsilon].
         successes: float[n], >= 0.
         failures: float[n], >= 0.
+        relative: float[n] > 0, the concentration of each prediction in units of the one that is fitted; `None` for all alike.
         epsilon: As in :class:`BetaBeliefs`.
 
     Returns:
@@ -184,17 +192,20 @@ def fit_kappa(v: npt.ArrayLike, successes: npt.ArrayLike, failures: npt.ArrayLik
         raise ValueError(f"v, successes and failures differ in shape: {mean.shape}, {s.shape}, {f.shape}")
     if not (np.isfinite(s) & np.isfinite(f) & (s >= 0) & (f >= 0)).all():
         raise ValueError("successes and failures must be finite and >= 0")
+    share = np.ones_like(mean) if relative is None else np.asarray(relative, dtype=np.float64)
+    if share.shape != mean.shape or not (np.isfinite(share) & (share > 0)).all():
+        raise ValueError("relative must be finite and > 0, one number for each prediction")
     # One outcome has likelihood V or 1-V whatever kappa is; decayed remnants below one must not pretend otherwise.
     informative = s + f > 1.0
-    mean, s, f = mean[informative], s[informative], f[informative]
+    mean, s, f, share = mean[informative], s[informative], f[informative], share[informative]
     if not mean.size:
         return KAPPA_BOUNDS[0]
 
     def likelihood(log_kappa: float) -> float:
-        kappa = math.exp(log_kappa)
+        kappa = math.exp(log_kappa) * share
         a, b = kappa * mean, kappa * (1.0 - mean)
         terms = log_gamma(a + s) - log_gamma(a) + log_gamma(b + f) - log_gamma(b)
-        return float(np.sum(terms)) - float(np.sum(log_gamma(kappa + s + f))) + mean.size * float(log_gamma(kappa))
+        return float(np.sum(terms + log_gamma(kappa) - log_gamma(kappa + s + f)))
 
     grid = np.linspace(math.log(KAPPA_BOUNDS[0]), math.log(KAPPA_BOUNDS[1]), 33)
     best = int(np.argmax([likelihood(x) for x in grid]))
@@ -214,6 +225,26 @@ def fit_kappa(v: npt.ArrayLike, successes: npt.ArrayLike, failures: npt.ArrayLik
     # The bounds themselves are candidates: golden section only comes near them.
     candidates = [float(grid[best]), (low + high) / 2.0]
     return min(max(math.exp(max(candidates, key=likelihood)), KAPPA_BOUNDS[0]), KAPPA_BOUNDS[1])
+
+
+def fit_rho(v: npt.ArrayLike, successes: npt.ArrayLike, failures: npt.ArrayLike) -> float | None:
+    """Correlation rho = 1 / (1 + kappa) of two outcomes of one prompt around its prediction, by :func:`fit_kappa`.
+
+    Source: docs/algorithm.md section 1, `beta_binomial(rho)`.
+
+    Args:
+        v: float[n], predicted success probabilities in [0, 1].
+        successes: float[n], successes of each prompt's group.
+        failures: float[n], failures of it.
+
+    Returns:
+        rho, between 1 / 101 and 2 / 3 (:data:`KAPPA_BOUNDS`); `None` if no group has two outcomes, for then nothing is known.
+
+    Raises:
+        ValueError: As :func:`fit_kappa`.
+    """
+    total = np.asarray(successes, dtype=np.float64) + np.asarray(failures, dtype=np.float64)
+    return 1.0 / (1.0 + fit_kappa(v, successes, failures)) if (total > 1.0).any() else None
 
 
 def log_gamma(x: npt.ArrayLike) -> FloatArray:

@@ -231,6 +231,27 @@ class Knapsack:
 
 
 @dataclass(frozen=True, slots=True)
+class Signal:
+    """f(m) = E[p(1-p)] * (1 - 1/m) under the Beta belief: expected variance of the outcomes within a group of m.
+
+    For a group with share of successes h the mean squared advantage R - h is h(1-h), and E[h(1-h) | p] = p(1-p)(1 - 1/m):
+    what a prompt brings into a loss in which prompts count alike, where :class:`Posterior` has only whether it brings
+    anything. It is also the first-order rise of the prompt's log odds x: with p = sigmoid(x) the mean of the estimate with
+    baseline h is (1 - 1/m) grad p = (1 - 1/m) p(1-p) grad x, so x rises by that times |grad x|^2. And p(1-p) is the squared
+    signal-to-noise ratio of one rollout, grad p against the deviation of its outcome, of which the group's own mean as
+    baseline costs 1/m. Under the belief E[p(1-p)] = ab / ((a+b)(a+b+1)).
+
+    Source: this project, docs/algorithm.md section 7.
+    """
+
+    def table(self, alpha: npt.ArrayLike, beta: npt.ArrayLike, m_max: int) -> FloatArray:
+        """See :meth:`RootValue.table`."""
+        a, b = check_beliefs(alpha, beta)
+        m = np.arange(m_max + 1, dtype=np.float64)
+        return _rows(a * b / ((a + b) * (a + b + 1.0)), 1.0 - 1.0 / np.maximum(m, 1.0))
+
+
+@dataclass(frozen=True, slots=True)
 class Uniform:
     """f(m) = 1 - 2^(1-m) for every prompt, as if each succeeded half of the time: even shares, ties by the generator.
 
@@ -250,6 +271,7 @@ ROOT_VALUES: dict[str, RootValue] = {
     "pcl": Pcl(),
     "vip": Vip(),
     "knapsack": Knapsack(),
+    "signal": Signal(),
     "uniform": Uniform(),
 }
 """Root value functions with their default parameters, by name."""

@@ -1,30 +1,39 @@
-"""One model that estimates the chance of success at prompts and at prefixes alike.
+"""What a predictor of success is, what it may look at, and what it is taught.
 
-Invariant: a predictor informs the allocator and nothing else; no prediction ever enters a loss of the policy.
+Invariant: a predictor informs the allocator and nothing else; no prediction ever enters a loss of the policy. Nothing that an
+anchor says was decided after its prefix ended, but for `tree_successes` and `tree_failures`, which are zero unless a method
+that looks at outcomes anyway asks for them.
 
-The default reads the policy's own last hidden state at the end of a prefix, which sampling yields for nothing, next to a few
-counts. It is trained on bottom-up tree values (TRACE, predictor). Ours: roots and prefixes are replayed from separate
-buffers, because roots are few and prefixes many and either swamps the other when they are mixed.
+One model serves prompts and prefixes alike (TRACE, predictor). The models are in `allocation.predictors`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import nn
 
-from allocation.calibration import auc, brier, brier_skill
+from allocation.calibration import auc, brier, brier_skill, expected_calibration_error
+from allocation.contrast import FloatArray
 from allocation.tree import Forest, Node, Tree
 
-NUM_COUNTS = 6
+NUM_COUNTS = 12
+"""Figures of an anchor that are not its hidden state; see `counts_matrix`."""
+
+DEPTH_GROUPS: tuple[tuple[str, int, int], ...] = (
+    ("depth_0", 0, 0),
+    ("depth_1", 1, 1),
+    ("depth_2_3", 2, 3),
+    ("depth_4_up", 4, 1 << 30),
+)
+"""Depths that are reported together: name, least and greatest depth."""
+
+_FEWEST_ROWS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Anchor:
+class Anchor(NamedTuple):
     """What a predictor may look at.
 
     Attributes:
@@ -32,7 +41,18 @@ class Anchor:
         depth: Turns taken.
         turns_left: Turns that remain.
         tool_errors: Malformed or refused calls so far.
-        successes, failures: Decayed counts of the prompt's earlier outcomes.
+        successes: Decayed successes of the prompt in earlier batches.
+        failures: Likewise its failures.
+        tree_successes: Successes of this tree's root rollouts that did not pass through the prefix; 0 unless asked for, since
+            an allocation that looks at them is not exogenous.
+        tree_failures: Likewise failures.
+        last_logprob: Mean log-probability of the tokens of the latest action, in nats; 0 at roots and without tokens.
+        least_logprob: The least of those means along the path.
+        total_logprob: The sum of those means along the path.
+        path_features: Mean of the hidden states at the ends of the prefixes along the path, this one included, float32 [d];
+            `None` if there are none.
+        prompt: The first observation as text.
+        render: Gives `text` when it is asked for.
     """
 
     features: np.ndarray | None
@@ -41,22 +61,46 @@ class Anchor:
     tool_errors: int
     successes: float = 0.0
     failures: float = 0.0
+    tree_successes: float = 0.0
+    tree_failures: float = 0.0
+    last_logprob: float = 0.0
+    least_logprob: float = 0.0
+    total_logprob: float = 0.0
+    path_features: np.ndarray | None = None
+    prompt: str = ""
+    render: Callable[[], tuple[str, ...]] = tuple
 
-    def vector(self) -> np.ndarray:
-        """Returns the input of the head, float32 [d + NUM_COUNTS]."""
-        seen = self.successes + self.failures
-        counts = np.array(
-            [
-                self.depth / 8,
-                self.turns_left / 8,
-                min(self.tool_errors, 4) / 4,
-                (self.successes + 1) / (seen + 2),
-                np.log1p(seen) / 3,
-                float(self.depth == 0),
-            ],
-            dtype=np.float32,
-        )
-        return counts if self.features is None else np.concatenate([self.features.astype(np.float32), counts])
+    @property
+    def text(self) -> tuple[str, ...]:
+        """The prompt, then action and observation of each turn. Rendered at each call, so that most predictors pay nothing."""
+        return self.render()
+
+
+def counts_matrix(anchors: Sequence[Anchor]) -> np.ndarray:
+    """Returns what anchors are beside hidden states and text, float32 [n, NUM_COUNTS], each figure of the order of one.
+
+    Depth and turns left in eighths, tool errors (up to four) in fourths, whether it is a root; then, of the prompt's earlier
+    outcomes and of this tree's other root rollouts each, the success rate with one success and one failure added, and a third
+    of the logarithm of one plus the number of outcomes; then the log-probabilities, latest, least, sum and mean over turns.
+    """
+    raw = np.array([a[1:11] for a in anchors], dtype=np.float64).reshape(len(anchors), 10)
+    depth, left, errors, s, f, ts, tf, last, least, total = raw.T
+    seen, tree_seen = s + f, ts + tf
+    columns = (
+        depth / 8,
+        left / 8,
+        np.minimum(errors, 4) / 4,
+        depth == 0,
+        (s + 1) / (seen + 2),
+        np.log1p(seen) / 3,
+        (ts + 1) / (tree_seen + 2),
+        np.log1p(tree_seen) / 3,
+        last,
+        least,
+        total,
+        total / np.maximum(depth, 1),
+    )
+    return np.stack(columns, axis=1).astype(np.float32)
 
 
 class Predictor(Protocol):
@@ -67,7 +111,16 @@ class Predictor(Protocol):
         ...
 
     def update(self, anchors: Sequence[Anchor], values: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-        """Learns from anchors with their tree values, and returns figures about the fit before and after."""
+        """Learns from the anchors of one batch, after which the policy was updated.
+
+        Args:
+            anchors: Roots (depth 0) and inner prefixes; they are not kept.
+            values: Tree values of the anchors, float [n] in [0, 1].
+            weights: Number of terminals behind each value, float [n].
+
+        Returns:
+            Figures for the log.
+        """
         ...
 
     @property
@@ -84,229 +137,175 @@ class Predictor(Protocol):
         ...
 
 
-class MeanPredictor:
-    """Predicts the running mean of all outcomes: the baseline that a predictor has to beat.
-
-    Args:
-        decay: Factor by which older batches count less.
-    """
-
-    def __init__(self, decay: float = 0.9):
-        self._decay = decay
-        self._sum, self._count = 0.5, 1.0
-
-    def predict(self, anchors: Sequence[Anchor]) -> np.ndarray:
-        """Returns the same number for every anchor."""
-        return np.full(len(anchors), self._sum / self._count)
-
-    def update(self, anchors: Sequence[Anchor], values: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-        """Folds in the values of one batch."""
-        self._sum = self._decay * self._sum + float((weights * values).sum())
-        self._count = self._decay * self._count + float(weights.sum())
-        return {}
-
-    @property
-    def ready(self) -> bool:
-        """Never: with one number for all there is nothing to allocate by."""
-        return False
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the two sums."""
-        return {"sum": self._sum, "count": self._count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the two sums."""
-        self._sum, self._count = float(state["sum"]), float(state["count"])
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
 
 
-class _Replay:
-    """A ring of the latest rows."""
-
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.x = np.zeros((0, 0), np.float32)
-        self.y = np.zeros(0, np.float32)
-        self.w = np.zeros(0, np.float32)
-
-    def add(self, x: np.ndarray, y: np.ndarray, w: np.ndarray) -> None:
-        if len(x):
-            old = self.x if len(self.x) else np.zeros((0, x.shape[1]), np.float32)
-            self.x = np.concatenate([old, x])[-self.capacity :]
-            self.y = np.concatenate([self.y, y])[-self.capacity :]
-            self.w = np.concatenate([self.w, w])[-self.capacity :]
-
-    def __len__(self) -> int:
-        return len(self.y)
+def path_text(tree: Tree, node: Node) -> tuple[str, ...]:
+    """Returns the prompt, then action and observation of each turn up to a node; what is no text as its `repr`."""
+    path = tree.path(node)
+    parts = [path[0].observation]
+    for step in path[1:]:
+        parts += [step.action, step.observation]
+    return tuple(map(_text, parts))
 
 
-class HiddenStatePredictor:
-    """A two-layer head on the policy's hidden state (TRACE, predictor).
-
-    Args:
-        feature_dim: Size of the hidden state; 0 for counts alone.
-        hidden: Width of the head.
-        lr: Step size of AdamW.
-        steps: Gradient steps after each batch of rollouts.
-        batch_size: Rows of each buffer in a step.
-        capacity: Rows kept in each buffer; old rows are from old policies, so this is also the memory's length.
-        loss: `mse` (paper) or `log`.
-        warmup_roots: Root rows to be seen before `ready`.
-        seed: Seeds initial weights and the order of replay.
-    """
-
-    def __init__(
-        self,
-        feature_dim: int,
-        *,
-        hidden: int = 64,
-        lr: float = 2e-3,
-        steps: int = 20,
-        batch_size: int = 64,
-        capacity: int = 4096,
-        loss: Literal["mse", "log"] = "mse",
-        warmup_roots: int = 32,
-        seed: int = 0,
-    ):
-        self.feature_dim, self.steps, self.batch_size, self.loss = feature_dim, steps, batch_size, loss
-        self.warmup_roots = warmup_roots
-        self._roots_seen = 0
-        self._rng = np.random.default_rng([seed, 0x7261CE])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self._head = nn.Sequential(
-                nn.LayerNorm(feature_dim + NUM_COUNTS),
-                nn.Linear(feature_dim + NUM_COUNTS, hidden),
-                nn.GELU(),
-                nn.Linear(hidden, 1),
-            )
-        self._optimizer = torch.optim.AdamW(self._head.parameters(), lr=lr, weight_decay=1e-2)
-        self._roots, self._prefixes = _Replay(capacity), _Replay(capacity)
-
-    @property
-    def ready(self) -> bool:
-        """Whether `warmup_roots` root rows were seen."""
-        return self._roots_seen >= self.warmup_roots
-
-    def _inputs(self, anchors: Sequence[Anchor]) -> np.ndarray:
-        # Zeros stand for a hidden state that nobody computed, such as that of a prompt too long for the model.
-        x = np.zeros((len(anchors), self.feature_dim + NUM_COUNTS), np.float32)
-        for row, anchor in zip(x, anchors, strict=True):
-            vector = anchor.vector()
-            if anchor.features is not None and len(vector) != len(row):
-                got = len(vector) - NUM_COUNTS
-                raise ValueError(f"the predictor was made for hidden states of size {self.feature_dim}, got {got}")
-            row[-len(vector) :] = vector
-        return x
-
-    @torch.no_grad()
-    def predict(self, anchors: Sequence[Anchor]) -> np.ndarray:
-        """Returns the predicted chance of success of each anchor, float64 [n]."""
-        if not len(anchors):
-            return np.zeros(0)
-        return torch.sigmoid(self._head(torch.from_numpy(self._inputs(anchors)))[:, 0].double()).numpy()
-
-    def update(self, anchors: Sequence[Anchor], values: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-        """Adds one batch to the replay and takes `steps` gradient steps.
-
-        Args:
-            anchors: Roots (depth 0) and inner prefixes.
-            values: Tree values of the anchors, float [n] in [0, 1].
-            weights: Number of terminals behind each value, float [n].
-
-        Returns:
-            Mean loss over the steps.
-        """
-        x = self._inputs(anchors)
-        y, w = values.astype(np.float32), weights.astype(np.float32)
-        is_root = np.array([a.depth == 0 for a in anchors], dtype=bool)
-        self._roots.add(x[is_root], y[is_root], w[is_root])
-        self._prefixes.add(x[~is_root], y[~is_root], w[~is_root])
-        self._roots_seen += int(is_root.sum())
-        total = 0.0
-        for _ in range(self.steps):
-            loss = torch.zeros(())
-            for replay in (self._roots, self._prefixes):
-                if len(replay):
-                    rows = self._rng.integers(len(replay), size=min(self.batch_size, len(replay)))
-                    loss = loss + self._loss(replay, rows)
-            if loss.requires_grad:
-                self._optimizer.zero_grad()
-                loss.backward()
-                self._optimizer.step()
-                total += loss.item()
-        return {"predictor/loss": total / max(self.steps, 1)}
-
-    def _loss(self, replay: _Replay, rows: np.ndarray) -> torch.Tensor:
-        logit = self._head(torch.from_numpy(replay.x[rows]))[:, 0]
-        target, weight = torch.from_numpy(replay.y[rows]), torch.from_numpy(replay.w[rows])
-        if self.loss == "log":
-            each = nn.functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
-        else:
-            each = (torch.sigmoid(logit) - target) ** 2
-        return (each * weight).sum() / weight.sum()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns weights, optimiser state, replay and generator as arrays and plain data."""
-        optimizer = self._optimizer.state_dict()
-        return {
-            "head": {k: v.numpy().copy() for k, v in self._head.state_dict().items()},
-            "optimizer": {
-                str(i): {k: torch.as_tensor(v).numpy().copy() for k, v in s.items()}
-                for i, s in optimizer["state"].items()
-            },
-            "replay": {
-                name: {"x": r.x, "y": r.y, "w": r.w}
-                for name, r in (("roots", self._roots), ("prefixes", self._prefixes))
-            },
-            "roots_seen": self._roots_seen,
-            "rng": self._rng.bit_generator.state,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
-        self._head.load_state_dict({k: torch.as_tensor(v) for k, v in state["head"].items()})
-        optimizer = self._optimizer.state_dict()
-        # Copies: the optimiser would go on writing into the arrays that it was given.
-        optimizer["state"] = {int(i): {k: torch.tensor(v) for k, v in s.items()} for i, s in state["optimizer"].items()}
-        self._optimizer.load_state_dict(optimizer)
-        for replay, name in ((self._roots, "roots"), (self._prefixes, "prefixes")):
-            rows = state["replay"][name]
-            replay.x, replay.y, replay.w = rows["x"], rows["y"], rows["w"]
-        self._roots_seen = int(state["roots_seen"])
-        self._rng.bit_generator.state = state["rng"]
-
-
-def anchor_of(tree: Tree, node: Node, counts: tuple[float, float] = (0.0, 0.0)) -> Anchor:
-    """Returns what a predictor sees of a node.
+def anchor_of(
+    tree: Tree,
+    node: Node,
+    counts: tuple[float, float] = (0.0, 0.0),
+    tree_counts: tuple[float, float] = (0.0, 0.0),
+) -> Anchor:
+    """Returns what a predictor sees of a node. For many nodes `anchors_of` is the faster way to the same.
 
     Args:
         tree: Its tree; `tree.info["max_turns"]` gives the turn limit where the environment has one.
         node: The prefix.
         counts: Decayed successes and failures of the prompt in earlier batches.
+        tree_counts: Successes and failures of the tree's root rollouts that did not pass through the node (`other_outcomes`).
     """
-    limit = int(tree.info.get("max_turns", 0))
-    return Anchor(node.features, node.depth, max(limit - node.depth, 0), node.tool_errors, *counts)
+    path = tree.path(node)
+    states = [n.features for n in path if n.features is not None]
+    sure = [float(n.sample.logprobs.mean()) for n in path if n.sample is not None and len(n.sample.logprobs)]
+    total = 0.0
+    for value in sure:
+        total += value
+    return Anchor(
+        node.features,
+        node.depth,
+        max(int(tree.info.get("max_turns", 0)) - node.depth, 0),
+        node.tool_errors,
+        *counts,
+        *tree_counts,
+        sure[-1] if sure else 0.0,
+        min(sure, default=0.0),
+        total,
+        _mean(states),
+        _text(tree.root.observation),
+        partial(path_text, tree, node),
+    )
+
+
+def _mean(states: Sequence[np.ndarray]) -> np.ndarray | None:
+    if not states:
+        return None
+    total = states[0].astype(np.float32)
+    for state in states[1:]:
+        total = total + state
+    return total / np.float32(len(states))
+
+
+class _PathFigures:
+    """What the anchors of one tree share: figures that run along the path, each computed once a node."""
+
+    def __init__(self, tree: Tree):
+        self.tree = tree
+        self.limit = int(tree.info.get("max_turns", 0))
+        self.prompt = _text(tree.root.observation)
+        self._known: dict[int, tuple[float, float, float, np.ndarray | None, int]] = {}
+
+    def of(self, node: Node) -> tuple[float, float, float, np.ndarray | None, int]:
+        """Returns latest, least and total log-probability, and sum and number of hidden states."""
+        missing: list[Node] = []
+        at: Node | None = node
+        while at is not None and at.id not in self._known:
+            missing.append(at)
+            at = None if at.parent is None else self.tree.nodes[at.parent]
+        found = (0.0, 0.0, 0.0, None, 0) if at is None else self._known[at.id]
+        for step in reversed(missing):
+            last, least, total, states, count = found
+            if step.sample is not None and len(step.sample.logprobs):
+                last = float(step.sample.logprobs.mean())
+                # Where no turn before this one had tokens, the zeros are no log-probabilities.
+                least, total = (min(least, last) if total else last), total + last
+            if step.features is not None:
+                new = step.features.astype(np.float32)
+                states, count = (new if states is None else states + new), count + 1
+            self._known[step.id] = found = (last, least, total, states, count)
+        return found
+
+    def anchor(self, node: Node, counts: tuple[float, float], tree_counts: tuple[float, float]) -> Anchor:
+        last, least, total, states, number = self.of(node)
+        return Anchor(
+            node.features,
+            node.depth,
+            max(self.limit - node.depth, 0),
+            node.tool_errors,
+            *counts,
+            *tree_counts,
+            last,
+            least,
+            total,
+            None if states is None else states / np.float32(number),
+            self.prompt,
+            partial(path_text, self.tree, node),
+        )
+
+
+def anchors_of(
+    trees: Sequence[Tree],
+    nodes: Sequence[Node],
+    counts: Callable[[str], tuple[float, float]],
+    *,
+    tree_outcomes: bool = False,
+) -> list[Anchor]:
+    """Returns what a predictor sees of nodes.
+
+    Args:
+        trees: The tree of each node; nodes of one tree stand together.
+        nodes: Roots or prefixes.
+        counts: Gives a prompt's decayed successes and failures in earlier batches by its key.
+        tree_outcomes: Whether anchors know how the other root rollouts of their tree ended.
+    """
+    anchors = []
+    figures: _PathFigures | None = None
+    others: FloatArray | None = None
+    for tree, node in zip(trees, nodes, strict=True):
+        if figures is None or figures.tree is not tree:
+            figures, seen = _PathFigures(tree), counts(tree.key)
+            others = other_outcomes(tree) if tree_outcomes else None
+        known = (0.0, 0.0) if others is None else (float(others[node.id, 0]), float(others[node.id, 1]))
+        anchors.append(figures.anchor(node, seen, known))
+    return anchors
+
+
+def other_outcomes(tree: Tree) -> FloatArray:
+    """Counts, for each node, the outcomes of root rollouts that did not pass through it; zeros at the root.
+
+    Returns:
+        Float64 [nodes, 2], successes and failures.
+    """
+    below = np.zeros((len(tree.nodes), 2))
+    for node in reversed(tree.nodes):
+        if node.terminal and node.origin == "root":
+            below[node.id, 0 if node.is_correct else 1] += 1
+        if node.parent is not None:
+            below[node.parent] += below[node.id]
+    return below[0] - below
 
 
 def training_set(forest: Forest) -> list[tuple[Tree, Node, float, float]]:
     """Lists the anchors of a forest with their bottom-up success value and the number of terminals below them."""
     rows = []
     for tree in forest:
-        value = tree.values("success")
-        leaves = np.zeros(len(tree.nodes))
-        for node in reversed(tree.nodes):
+        nodes = tree.nodes
+        value = tree.values("success").tolist()
+        leaves = [0.0] * len(nodes)
+        for node in reversed(nodes):
             leaves[node.id] += node.terminal
             if node.parent is not None:
                 leaves[node.parent] += leaves[node.id]
-        rows += [
-            (tree, n, float(value[n.id]), float(leaves[n.id]))
-            for n in tree.nodes
-            if not n.terminal and n.children and not np.isnan(value[n.id])
-        ]
+        rows += [(tree, n, value[n.id], leaves[n.id]) for n in nodes if leaves[n.id] and not n.terminal]
     return rows
 
 
-def fit_report(predicted: np.ndarray, values: np.ndarray, weights: np.ndarray, base: float) -> dict[str, float]:
+def fit_report(
+    predicted: np.ndarray,
+    values: np.ndarray,
+    weights: np.ndarray,
+    base: float,
+    depths: np.ndarray | None = None,
+) -> dict[str, float]:
     """Compares predictions made before training with what happened.
 
     Args:
@@ -314,17 +313,32 @@ def fit_report(predicted: np.ndarray, values: np.ndarray, weights: np.ndarray, b
         values: Tree values, float [n].
         weights: Terminals behind each value, float [n].
         base: The running mean before this batch, the baseline of the skill score.
+        depths: Turns taken at each anchor, int [n]; `None` for no figures by depth.
 
     Returns:
-        `brier`, `skill` (1 - brier / brier of the running mean) and `auc` (values above one half against the rest).
+        `predictor/brier`, `skill` (1 - brier / brier of the running mean), `ece` and `auc` (values above one half against the
+        rest), each over all anchors; `skill` and `auc` also by `DEPTH_GROUPS`, where there are at least 8 anchors.
     """
-    skill = brier_skill(predicted, values, reference=np.full_like(predicted, base), weights=weights)
-    # A perfect running mean leaves nothing to beat it by.
     report = {
         "predictor/brier": brier(predicted, values, weights),
-        "predictor/skill": 0.0 if np.isnan(skill) else skill,
+        "predictor/ece": expected_calibration_error(predicted, values),
+        **_skill_and_auc(predicted, values, weights, base, ""),
     }
+    if depths is not None:
+        for name, low, high in DEPTH_GROUPS:
+            at = (depths >= low) & (depths <= high)
+            if at.sum() >= _FEWEST_ROWS:
+                report |= _skill_and_auc(predicted[at], values[at], weights[at], base, f"/{name}")
+    return report
+
+
+def _skill_and_auc(
+    predicted: np.ndarray, values: np.ndarray, weights: np.ndarray, base: float, where: str
+) -> dict[str, float]:
+    skill = brier_skill(predicted, values, reference=np.full_like(predicted, base), weights=weights)
+    # A perfect running mean leaves nothing to beat it by.
+    report = {f"predictor/skill{where}": 0.0 if np.isnan(skill) else skill}
     labels = values > 0.5
     if labels.any() and not labels.all():
-        report["predictor/auc"] = auc(predicted, labels)
+        report[f"predictor/auc{where}"] = auc(predicted, labels)
     return report

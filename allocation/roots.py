@@ -32,10 +32,12 @@ class RootPlan:
     Attributes:
         counts: int[n], rollouts for each prompt.
         explored: bool[n], prompts opened at random by the exploration share, whatever their value.
+        explore_chance: Probability that a prompt was explored, before it was drawn; the same for all.
     """
 
     counts: IntArray
     explored: BoolArray
+    explore_chance: float
 
 
 def allocate_roots(
@@ -100,7 +102,7 @@ def plan_roots(
     Raises:
         ValueError: If the budget cannot be spent within the bounds, or an argument is malformed.
     """
-    values = _check_table(table, m_max)
+    values = check_table(table, m_max)
     n = values.shape[0]
     if cost is not None:
         values = values / check_cost(cost, n)[:, None]
@@ -115,22 +117,10 @@ def plan_roots(
     if age.shape != (n,) or np.isnan(age).any():
         raise ValueError(f"last_sampled must hold one number for each of {n} prompts, got shape {age.shape}")
 
-    share = explore * budget / m_min
-    bundles = min(int(share) + int(rng.random() < share - int(share)), most)
-    explored = np.zeros(n, dtype=bool)
-    explored[rng.choice(n, size=bundles, replace=False) if n else []] = True
-
-    # Equal values that were computed in two ways differ in the last bits: they are ties all the same.
-    scale = max(float(np.abs(values).max(initial=0.0)), np.finfo(np.float64).tiny)
-    price = np.round(values[:, m_min] / (m_min * scale), 12)
-    price[explored] = np.inf
-    ties = rng.permutation(n)
-    order = np.lexsort((ties, -price) if last_sampled is None else (ties, age, -price))
-
-    counts, solved = _greedy(values / scale, price, order, budget, most, m_min, m_max)
-    if not solved:
-        counts = _solve_core(values, counts, order, explored, m_min, m_max)
-    return RootPlan(counts, explored)
+    explored, chance = explored_prompts(n, budget, m_min, explore, rng)
+    order = np.lexsort((rng.permutation(n), age))
+    counts = spend_rollouts(values, explored, order, budget, most, m_min, m_max)
+    return RootPlan(counts, explored, chance)
 
 
 def allocate_roots_exact(
@@ -153,7 +143,7 @@ def allocate_roots_exact(
     Raises:
         ValueError: As :func:`plan_roots`; also if the opened prompts alone exceed the budget.
     """
-    values = _check_table(table, m_max)
+    values = check_table(table, m_max)
     n = values.shape[0]
     most = _check_budget(n, budget, m_min, m_max)
     forced = np.zeros(n, dtype=bool) if opened is None else np.asarray(opened, dtype=bool)
@@ -168,6 +158,64 @@ def root_objective(table: npt.ArrayLike, counts: npt.ArrayLike) -> float:
     """Value sum_i f_i(m_i) of an allocation; for `plug_in` and `posterior` the expected number of mixed prompts."""
     m = np.asarray(counts, dtype=np.int64)
     return float(np.asarray(table, dtype=np.float64)[np.arange(m.size), m].sum())
+
+
+def explored_prompts(
+    n: int, budget: int, m_min: int, explore: float, rng: np.random.Generator
+) -> tuple[BoolArray, float]:
+    """Draw the prompts that the exploration share opens, whatever their value.
+
+    Args:
+        n: Prompts in the pool.
+        budget: Rollouts.
+        m_min: Rollouts of a bundle.
+        explore: Share of the budget. A fraction of a bundle is rounded up or down at random, so that it holds on average.
+        rng: Draws.
+
+    Returns:
+        bool[n], and the probability of each prompt to be drawn.
+    """
+    most, share = min(n, budget // m_min), explore * budget / m_min
+    fraction = share - int(share)
+    bundles = min(int(share) + int(rng.random() < fraction), most)
+    chance = ((1 - fraction) * min(int(share), most) + fraction * min(int(share) + 1, most)) / max(n, 1)
+    explored = np.zeros(n, dtype=bool)
+    explored[rng.choice(n, size=bundles, replace=False) if n else []] = True
+    return explored, chance
+
+
+def largest_budget(n: int, budget: int, m_min: int, m_max: int) -> int:
+    """Largest budget, at most `budget`, that n prompts can take in groups of m_min to m_max; what :func:`plan_roots` accepts.
+
+    Source: k groups add up to anything from k m_min to k m_max, and more groups to more.
+    """
+    return min(budget, min(n, budget // m_min) * m_max)
+
+
+def spend_rollouts(
+    values: FloatArray, explored: BoolArray, order: IntArray, budget: int, most: int, m_min: int, m_max: int
+) -> IntArray:
+    """The deterministic part of :func:`plan_roots`.
+
+    Args:
+        values: float[n, m_max + 1], f_i(m) with zeros in column 0.
+        explored: bool[n], prompts that get a bundle whatever their value, at most `most`.
+        order: int[n], which of several prompts of equal value goes first.
+        budget: Rollouts to spend.
+        most: Prompts that the budget can open.
+        m_min: Smallest group.
+        m_max: Largest group.
+
+    Returns:
+        int[n].
+    """
+    # Equal values that were computed in two ways differ in the last bits: they are ties all the same.
+    scale = max(float(np.abs(values).max(initial=0.0)), np.finfo(np.float64).tiny)
+    price = np.round(values[:, m_min] / (m_min * scale), 12)
+    price[explored] = np.inf
+    order = order[np.argsort(-price[order], kind="stable")]
+    counts, solved = _greedy(values / scale, price, order, budget, most, m_min, m_max)
+    return counts if solved else _solve_core(values, counts, order, explored, m_min, m_max)
 
 
 def _greedy(
@@ -253,7 +301,12 @@ def _dynamic_program(values: FloatArray, budget: int, m_min: int, m_max: int, fo
     return counts
 
 
-def _check_table(table: npt.ArrayLike, m_max: int) -> FloatArray:
+def check_table(table: npt.ArrayLike, m_max: int) -> FloatArray:
+    """Return columns 0 to m_max of a table as float64, less column 0: only differences to an unopened prompt count.
+
+    Raises:
+        ValueError: If columns are missing or a value is not finite (its row is named).
+    """
     values = np.asarray(table, dtype=np.float64)
     if values.ndim != 2 or values.shape[1] < m_max + 1:
         raise ValueError(
@@ -264,7 +317,6 @@ def _check_table(table: npt.ArrayLike, m_max: int) -> FloatArray:
     if bad.any():
         i = int(np.argmax(bad))
         raise ValueError(f"table[{i}] holds a value that is not finite: {values[i].tolist()}")
-    # An unopened prompt is worth nothing whatever the caller wrote in column 0: only differences to it count.
     return values - values[:, :1] if np.any(values[:, 0]) else values
 
 

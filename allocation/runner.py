@@ -98,8 +98,9 @@ class AsyncRunner:
             raise ValueError(f"step_timeout must be None or more than 0 seconds, got {step_timeout}")
         if on_timeout not in ("truncate", "raise"):
             raise ValueError(f"on_timeout must be 'truncate' or 'raise', got {on_timeout!r}")
-        self.slots = make_slots(envs)
         self.allocator = make_allocator(allocator, predictor=predictor) if isinstance(allocator, str) else allocator
+        self.allocator.check(budget)
+        self.slots = make_slots(envs)
         self.budget = budget
         self.max_concurrency, self.max_batch = max_concurrency, max_batch
         self.step_timeout, self.on_timeout = step_timeout, on_timeout

@@ -15,6 +15,7 @@ Order: continuations before root rollouts, so that trees are completed early and
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ import numpy as np
 
 from allocation.methods.base import Allocator
 from allocation.tree import Forest, Node, Origin, Tree
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +76,23 @@ class Scheduler:
         continuations: int,
         rng: np.random.Generator,
     ):
+        if not candidates:
+            raise ValueError("no candidate prompt to allocate to: the source of prompts gave none")
         self._allocator = allocator
         self._forest = forest
         self._ledger = forest.ledger
         self._candidates = list(candidates)
-        self._root_budget = root_budget
+        self._root_budget = capacity = allocator.root_capacity(len(candidates), root_budget)
+        if capacity < root_budget:
+            self._ledger.unspent += root_budget - capacity
+            logger.warning(
+                "%s: %d candidates cannot take %d root rollouts, %d stay unspent; supply more prompts, lower the budget or "
+                "let a prompt have more rollouts",
+                allocator.name,
+                len(candidates),
+                root_budget,
+                root_budget - capacity,
+            )
         self._total_continuations = continuations
         self._fallbacks = allocator.fallbacks
         self._roots: deque[Job] = deque()
@@ -143,8 +158,9 @@ class Scheduler:
     def _plan_roots(self, rng: np.random.Generator) -> None:
         ledger, left = self._ledger, self._root_budget
         counts = np.asarray(self._allocator.allocate_roots(self._candidates, left, rng, ledger.root_waves))
-        spent = int(counts.sum())
-        if counts.shape != (len(self._candidates),) or (counts < 0).any() or spent > left:
+        whole = np.issubdtype(counts.dtype, np.integer)
+        spent = int(counts.sum()) if whole else 0
+        if not whole or counts.shape != (len(self._candidates),) or (counts < 0).any() or spent > left:
             raise ValueError(
                 f"allocator {self._allocator.name!r} must give each of {len(self._candidates)} candidates 0 or more of "
                 f"{left} root rollouts, got {counts.tolist()}"
@@ -170,7 +186,19 @@ class Scheduler:
         if not self._accounts:
             return
         roots = np.array([account.roots for account in self._accounts])
-        budgets = self._allocator.prefix_budgets(roots, self._total_continuations, rng)
+        budgets = np.asarray(self._allocator.prefix_budgets(roots, self._total_continuations, rng))
+        whole = np.issubdtype(budgets.dtype, np.integer)
+        if (
+            not whole
+            or budgets.shape != roots.shape
+            or (budgets < 0).any()
+            or budgets.sum() > self._total_continuations
+        ):
+            raise ValueError(
+                f"allocator {self._allocator.name!r} must give each of {len(roots)} trees 0 or more of "
+                f"{self._total_continuations} continuations, got {budgets.tolist()}"
+            )
+        self._ledger.unspent += self._total_continuations - int(budgets.sum())
         for account, budget in zip(self._accounts, budgets, strict=True):
             account.continuations = int(budget)
 
@@ -193,7 +221,8 @@ class Scheduler:
         rng = np.random.default_rng([self._entropy, 0, tree.index, account.waves])
         planned = self._allocator.allocate_prefixes(tree, budget, rng, account.waves)
         spent = sum(count for _, count in planned)
-        bad = [i for i, count in planned if count < 0 or tree.nodes[i].terminal or not tree.nodes[i].depth]
+        nodes = tree.nodes
+        bad = [i for i, count in planned if count < 0 or not 0 < i < len(nodes) or nodes[i].terminal]
         if bad or spent > budget:
             raise ValueError(
                 f"allocator {self._allocator.name!r} must spend at most {budget} continuations of tree {tree.key!r} on inner "

@@ -78,6 +78,7 @@ class TreeAllocationWrapper(VectorEnv):
         if budget < 1:
             raise ValueError(f"budget must be at least 1 rollout, got {budget}")
         self.allocator = make_allocator(allocator, predictor=predictor) if isinstance(allocator, str) else allocator
+        self.allocator.check(budget)
         self.slots = make_slots(envs)
         self.closed = False
         self.envs = envs

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,3 +13,9 @@ from typing import Any
 def config_of(args: Any) -> dict[str, Any]:
     """Returns the settings of a benchmark (a dataclass) as plain data, to stand beside its results."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Returns the versions that figures depend on: of packages, of Python, and the kind of machine."""
+    machine = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    return {name: metadata.version(name) for name in packages} | machine

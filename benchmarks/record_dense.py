@@ -66,7 +66,7 @@ class Args:
     continuations: int = 4
     reference: int = 192
     sketch: int = 64
-    features: int = 16
+    features: int = 24
     together: int = 16
     seed: int = 1
     quick: bool = False

@@ -18,14 +18,12 @@ import copy
 import gc
 import json
 import os
-import platform
 import sys
 import tempfile
 import timeit
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +35,14 @@ from rich.console import Console
 from rich.table import Table
 
 import trace_envs
-from benchmarks import config_of
+from benchmarks import config_of, versions
 from benchmarks.overhead import wrapper_overhead
 from trace_envs.multihop_qa import MultiHopQAEnv
 from trace_envs.snapshots import EnvSnapshot, adapter_for
 from trace_envs.snapshots.stack import split
 
 BARS = {"deepcopy": 100.0, "ale": 5.0, "memory": 1.5, "overhead": 0.30}
+PACKAGES = ("gymnasium", "numpy", "ale-py", "mujoco", "minigrid")
 FOREIGN = (
     "CartPole-v1",
     "FrozenLake-v1",
@@ -297,7 +296,7 @@ def main(args: Args) -> int:
     config = config_of(args)
     with (args.output / "snapshots.jsonl").open("w") as file:
         for row in rows:
-            file.write(json.dumps(row | {"config": config, "versions": versions()}) + "\n")
+            file.write(json.dumps(row | {"config": config, "versions": versions(*PACKAGES)}) + "\n")
     return int(args.check and any(not row.get("met", True) for row in rows))
 
 
@@ -308,12 +307,6 @@ def with_data(args: Args) -> Args:
     if args.data_path is None and args.corpus_path is None and data.exists() and corpus.exists():
         return replace(args, data_path=data, corpus_path=corpus)
     return args
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions that the figures depend on."""
-    packages = {name: metadata.version(name) for name in ("gymnasium", "numpy", "ale-py", "mujoco", "minigrid")}
-    return packages | {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ class TransformersPolicy:
         temperature: 0 is greedy. Log-probs are those of the distribution that was sampled from.
         seed: Seeds the sampling.
         batch_tokens: Most positions (rows times longest path) of one batch of decoding.
+        entropy: Give each sample the mean entropy of the distributions that its tokens were drawn from, in nats (at temperature
+            0, of the model's own), for allocators that go by it (`Allocator.uses_entropy`). Costs one pass over the logits.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class TransformersPolicy:
         temperature: float = 1.0,
         seed: int = 0,
         batch_tokens: int = 12_288,
+        entropy: bool = False,
     ):
         if temperature < 0:
             raise ValueError(f"temperature must not be negative, got {temperature}")
@@ -55,7 +58,7 @@ class TransformersPolicy:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self.model, self.codec = model, ChatCodec(tokenizer)
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.batch_tokens = batch_tokens
+        self.batch_tokens, self.entropy = batch_tokens, entropy
         self.max_length = int(getattr(model.config, "max_position_embeddings", 1 << 30))
         self.generator = torch.Generator(device=model.device).manual_seed(seed)
         self._num_layers = int(model.config.num_hidden_layers)
@@ -149,7 +152,7 @@ class TransformersPolicy:
             logits = logits[order]
         features = hidden.float().cpu().numpy()
         samples = []
-        for i, (tokens, logprobs) in enumerate(self._decode(cache, logits, contexts)):
+        for i, (tokens, logprobs, entropies) in enumerate(self._decode(cache, logits, contexts)):
             row = source[i]
             ended = tokens[-1] == self.codec.end_id
             samples.append(
@@ -161,6 +164,7 @@ class TransformersPolicy:
                     features[row],
                     "stop" if ended else "length",
                     prefilled[row] if first[row] == i else 0,
+                    float(np.mean(entropies)) if entropies else None,
                 )
             )
         return samples
@@ -277,16 +281,17 @@ class TransformersPolicy:
 
     def _decode(
         self, cache: RaggedCache, logits: torch.Tensor, contexts: Sequence[Context]
-    ) -> list[tuple[list[int], list[float]]]:
-        """Samples until every row has ended; returns ids and log-probs for each."""
+    ) -> list[tuple[list[int], list[float], list[float]]]:
+        """Samples until every row has ended; returns ids, log-probs and (where asked for) entropies for each."""
         n = len(contexts)
         tokens: list[list[int]] = [[] for _ in range(n)]
         logprobs: list[list[float]] = [[] for _ in range(n)]
+        entropies: list[list[float]] = [[] for _ in range(n)]
         start = cache.lengths.tolist()
         alive = list(range(n))
         in_batch = list(range(n))
         for count in range(1, self.max_new_tokens + 1):
-            ids, lps = self._sample(logits)
+            ids, lps, spread = self._sample(logits)
             still = []
             for row, (t, lp) in enumerate(zip(ids.tolist(), lps.tolist(), strict=True)):
                 i = in_batch[row]
@@ -294,6 +299,8 @@ class TransformersPolicy:
                     continue
                 tokens[i].append(t)
                 logprobs[i].append(lp)
+                if spread is not None:
+                    entropies[i].append(spread[row])
                 room = start[i] + count + 1 <= self.max_length
                 if t == self.codec.end_id or count == self.max_new_tokens or not room:
                     context = contexts[i]
@@ -318,10 +325,10 @@ class TransformersPolicy:
                 in_batch = [in_batch[r] for r in alive]
             logits = self._forward(cache, ids[:, None], 1)[:, -1]
             cache.lengths = cache.lengths + 1
-        return list(zip(tokens, logprobs, strict=True))
+        return list(zip(tokens, logprobs, entropies, strict=True))
 
-    def _sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws one token a row; returns ids and log-probs, each [rows]."""
+    def _sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[float] | None]:
+        """Draws one token a row; returns ids and log-probs, each [rows], and the rows' entropies where they are asked for."""
         scaled = logits.float() / (self.temperature or 1.0)
         logprobs = torch.log_softmax(scaled, -1)
         if self.temperature == 0:
@@ -331,7 +338,8 @@ class TransformersPolicy:
             cumulative = logprobs.exp().cumsum(-1)
             drawn = torch.rand(len(logits), 1, generator=self.generator, device=logits.device) * cumulative[:, -1:]
             ids = (cumulative <= drawn).sum(-1).clamp(max=logits.shape[-1] - 1)
-        return ids, logprobs.gather(-1, ids[:, None])[:, 0]
+        entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist() if self.entropy else None
+        return ids, logprobs.gather(-1, ids[:, None])[:, 0], entropies
 
 
 def _tokens_of(node: Any, context_ids: np.ndarray | None) -> np.ndarray:

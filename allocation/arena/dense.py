@@ -21,7 +21,7 @@ import zipfile
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +64,8 @@ _KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-class Values(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class Values:
     """Chances of success with 95 % Wilson intervals.
 
     Attributes:
@@ -79,7 +80,8 @@ class Values(NamedTuple):
     count: IntArray
 
 
-class Gate(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Gate:
     """Whether a prefix stage can pay (docs/algorithm.md, "When the prefix stage can pay").
 
     Attributes:
@@ -226,7 +228,7 @@ class DenseForest:
         first = np.flatnonzero(self.continuation & (self.rollout != self.rollout[self.parent]))
         np.add.at(successes, prefix[self.parent[first]], self.outcome[first])
         np.add.at(count, prefix[self.parent[first]], 1)
-        return _values(successes[prefix], count[prefix].astype(np.int64))
+        return _values(successes[prefix], count[prefix])
 
     def gate(self) -> Gate:
         """Returns whether a prefix stage can pay here."""
@@ -293,10 +295,10 @@ class DenseForest:
             raise ValueError(f"{path} is damaged: {error}; record it again") from error
 
 
-def _values(successes: FloatArray, count: IntArray) -> Values:
-    low, high = proportion_interval(successes, count)
-    with np.errstate(invalid="ignore"):
-        return Values(np.where(count > 0, successes / np.maximum(count, 1), np.nan), low, high, count)
+def _values(successes: npt.ArrayLike, counted: npt.ArrayLike) -> Values:
+    s, count = np.asarray(successes, dtype=np.float64), np.asarray(counted, dtype=np.int64)
+    low, high = proportion_interval(s, count)
+    return Values(np.where(count > 0, s / np.maximum(count, 1), np.nan), low, high, count)
 
 
 def _check(dense: DenseForest) -> None:

@@ -52,6 +52,7 @@ def replay(world: World, allocator: Allocator, budget: int, rng: np.random.Gener
     Returns:
         The finished forest. Its ledger counts rollouts, turns, and generated, computed and reused tokens.
     """
+    allocator.check(budget)
     entropy = int(rng.integers(MAX_SEED))
     trees = [world.open(int(p)) for p in world.draw(rng, allocator.pool_size(budget))]
     if not trees:

@@ -28,12 +28,24 @@ class Allocator:
         name: By which it is known.
         stops_on_outcomes: Whether the number of rollouts of a prompt depends on outcomes of that same prompt in the same
             batch. The ledger then counts those prompts (`outcome_stops`), since averages over such a sample are biased.
+        uses_entropy: Whether it goes by `Sample.entropy`; whoever makes the policy then asks the engine for it.
         fallbacks: How often it could not do as it should (a predictor failed) and allocated uniformly instead.
     """
 
     name = ""
     stops_on_outcomes = False
+    uses_entropy = False
     fallbacks = 0
+
+    def check(self, budget: int) -> None:
+        """Refuses a budget that no batch could be planned with; called once, before anything is sampled.
+
+        Args:
+            budget: Rollouts of a batch, of either kind.
+
+        Raises:
+            ValueError: It is too small; the message says what to change.
+        """
 
     def pool_size(self, budget: int) -> int:
         """Returns the number of candidate prompts that `allocate_roots` wants to choose from.
@@ -47,6 +59,18 @@ class Allocator:
         """Returns how many of a batch's rollouts start at prompts; the rest are continuations."""
         return budget
 
+    def root_capacity(self, candidates: int, budget: int) -> int:
+        """Returns how much of a root budget a pool can take, at most `budget`.
+
+        How many prompts there are is known batch by batch only, so what they cannot take is no error: it stays unspent, and the
+        scheduler says so in the log.
+
+        Args:
+            candidates: Prompts in the pool, at least 1.
+            budget: Root rollouts of the batch.
+        """
+        return budget
+
     def allocate_roots(
         self, candidates: Sequence[Tree], budget: int, rng: np.random.Generator, wave: int = 0
     ) -> IntArray:
@@ -57,13 +81,11 @@ class Allocator:
 
         Args:
             candidates: The pool; from the second wave on the candidates hold the rollouts of earlier waves.
-            budget: Root rollouts that are left.
+            budget: Root rollouts that are left; in the first wave at most `root_capacity`.
             rng: Breaks ties.
             wave: Number of earlier waves of this batch.
         """
-        counts = np.full(len(candidates), budget // len(candidates), dtype=np.int64)
-        counts[rng.permutation(len(candidates))[: budget - counts.sum()]] += 1
-        return counts
+        return dealt(len(candidates), budget, rng)
 
     def prefix_budgets(self, root_counts: IntArray, total: int, rng: np.random.Generator) -> IntArray:
         """Returns the continuations that each prompt may spend, int64 [n], `total` together.
@@ -110,6 +132,22 @@ class Allocator:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
+
+
+def dealt(count: int, budget: int, rng: np.random.Generator) -> IntArray:
+    """Returns an even division of a budget, what does not go up evenly being dealt at random.
+
+    Args:
+        count: Among how many, at least 1.
+        budget: What is divided.
+        rng: Says who gets one more.
+
+    Returns:
+        int64 [count].
+    """
+    counts = np.full(count, budget // count, dtype=np.int64)
+    counts[rng.permutation(count)[: budget % count]] += 1
+    return counts
 
 
 def grouped(candidates: int, size: int, budget: int, order: IntArray) -> IntArray:

@@ -70,6 +70,18 @@ def weights(config):
     return torch.cat([p.flatten() for p in model.parameters()])
 
 
+@pytest.mark.parametrize("allocator", ["treepo", "tree_grpo", "arpo", "trace"])
+def test_branching_methods_train_and_get_what_they_ask_for(config, allocator):
+    trace = replace(config.trace, prefix_mode="entropy")
+    trainer = train(replace(config, allocator=allocator, trace=trace, updates=1))
+    (record,) = [r for r in metrics(config) if "train/success" in r]
+    assert record["ledger/continuations"] > 0
+    assert record["ledger/root_rollouts"] + record["ledger/continuations"] + record["ledger/unspent"] == 16
+    assert trainer.policy.entropy == (allocator in ("arpo", "trace"))
+    # Hidden states of the candidates are computed only where a predictor will look at them.
+    assert (trainer.envs._encode is not None) == (allocator == "trace")
+
+
 def test_a_run_writes_what_it_promises(config):
     trainer = train(config)
     records = metrics(config)
@@ -332,7 +344,7 @@ def one_line(capsys):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"allocator": "tracy"}, "unknown allocator 'tracy'; known: grpo, trace"),
+        ({"allocator": "tracy"}, "unknown allocator 'tracy'; known: grpo, "),
         ({"estimator": "vapo"}, "unknown estimator 'vapo'; known: tree, grpo"),
         ({"aggregation": "sum"}, "unknown aggregation 'sum'; known: prompt"),
         ({"model": "/no/such/folder"}, "/no/such/folder is no model folder"),
@@ -352,7 +364,7 @@ def one_line(capsys):
         ({"env_id": "CartPole-v1"}, "environment 'CartPole-v1' does not take argument 'split'"),
         ({"env": {"top_k": 3}}, "environment 'Echo-v0' does not take argument 'top_k'"),
         ({"learning_rate": 1}, "unknown settings learning_rate; known: advantage_std, aggregation"),
-        ({"trace": {"N": 2}}, "trace: unknown settings N; known: cap_per_rollout"),
+        ({"trace": {"N": 2}}, "trace: unknown settings N; known: band, cap_per_rollout"),
     ],
 )
 def test_mistakes_end_in_one_line(config, tmp_path, capsys, setting, message):

@@ -77,17 +77,29 @@ def test_prompts_together_equal_prompts_alone(seed, mode, cap):
     budgets = rng.integers(0, 40, n_prompts)
     # Rollout numbers repeat between prompts on purpose.
     alpha, beta, outcome, rollout = *rng.uniform(0.1, 6, (2, n)), rng.integers(0, 2, n), rng.integers(0, 4, n)
+    score = rng.choice([0.1, 0.7, 0.3, np.nan], n) + 0.003 * np.arange(n)  # no ties but among those without one
     together = allocate_prefixes(
-        alpha, beta, outcome, rollout, budgets, mode=mode, cap_per_rollout=cap, prompt=prompt, rng=rng
+        alpha, beta, outcome, rollout, budgets, mode=mode, cap_per_rollout=cap, score=score, prompt=prompt, rng=rng
     )
     for p in range(n_prompts):
         own = prompt == p
         alone = allocate_prefixes(
-            alpha[own], beta[own], outcome[own], rollout[own], int(budgets[p]), mode=mode, cap_per_rollout=cap, rng=rng
+            alpha[own],
+            beta[own],
+            outcome[own],
+            rollout[own],
+            int(budgets[p]),
+            mode=mode,
+            cap_per_rollout=cap,
+            score=score[own],
+            rng=rng,
         )
         assert together[own].sum() == alone.sum()
         if mode in ("flip", "exact"):
             np.testing.assert_array_equal(together[own], alone)
+        if mode == "entropy" and cap is None:
+            scored = own & np.isfinite(score)
+            np.testing.assert_array_equal(together[scored], alone[np.isfinite(score[own])])
 
 
 def test_a_long_budget_on_one_prefix_is_spent():
@@ -129,6 +141,55 @@ def test_equal_prefixes_share_fairly(mode, v):
     assert second.min() > 200 - 45 and second.max() < 200 + 45  # standard deviation 10
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from([0.3, -1.0, 2.0, np.nan, -np.inf]), min_size=1, max_size=7),
+    st.integers(0, 30),
+    st.sampled_from([None, 1, 3]),
+    st.sampled_from([None, 1, 2]),
+    st.integers(0, 1000),
+)
+def test_entropy_goes_round_by_round_from_the_highest_score(scores, budget, per_rollout, per_prefix, seed):
+    n, rng = len(scores), np.random.default_rng(seed)
+    rollout = rng.integers(0, 3, n)
+    options = {"mode": "entropy", "score": scores, "cap_per_rollout": per_rollout, "cap_per_prefix": per_prefix}
+    alpha, beta, cost = rng.uniform(0.1, 6, (3, n))
+    counts = allocate_prefixes(alpha, beta, np.zeros(n), rollout, budget, cost=cost, **options, rng=rng)
+    # The obvious way, which gives to equals in the order of the index: so compare what each score got, not who.
+    order = sorted(range(n), key=lambda i: -(scores[i] if np.isfinite(scores[i]) else -np.inf))
+    expected, left = np.zeros(n, dtype=int), budget
+    for _ in range(budget if per_prefix is None else per_prefix):
+        for i in order:
+            if left and (per_rollout is None or expected[rollout == rollout[i]].sum() < per_rollout):
+                expected[i] += 1
+                left -= 1
+    assert counts.sum() == expected.sum()
+    of_score = [score if np.isfinite(score) else -np.inf for score in scores]
+    if len(set(of_score)) == n:
+        assert counts.tolist() == expected.tolist()
+    elif per_rollout is None:
+        for score in set(of_score):
+            mine = np.array(of_score) == score
+            assert sorted(counts[mine]) == sorted(expected[mine])
+
+
+@pytest.mark.parametrize("score", [0.7, np.nan])
+def test_equal_scores_are_not_settled_by_the_index(score):
+    first = [
+        allocate_prefixes(
+            *np.ones((2, 4)),
+            np.zeros(4),
+            np.arange(4),
+            1,
+            mode="entropy",
+            score=[score] * 4,
+            rng=np.random.default_rng(s),
+        )
+        for s in range(400)
+    ]
+    assert np.sum(first, axis=0).min() > 60  # of 100 expected, with a standard deviation of 9
+
+
 def test_random_ignores_values_and_costs():
     rng = np.random.default_rng(0)
     runs = [
@@ -152,7 +213,7 @@ def test_nothing_to_branch_from_is_no_error():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"mode": "greedy"}, "known: flip, exact, random, none"),
+        ({"mode": "greedy"}, "known: flip, exact, random, entropy, none"),
         ({"belief": "greedy"}, "known: plug_in, posterior"),
         ({"outcome": [0.0, np.nan]}, r"outcome\[1\]"),
         ({"outcome": [0.0]}, "outcome"),
@@ -163,6 +224,8 @@ def test_nothing_to_branch_from_is_no_error():
         ({"prompt": [0, 3]}, "prompt"),
         ({"cost": [1.0, -1.0]}, r"cost\[1\]"),
         ({"cap_per_rollout": -1}, "cap_per_rollout"),
+        ({"mode": "entropy"}, "mode 'entropy' needs a score"),
+        ({"mode": "entropy", "score": [1.0]}, "score must have one entry for each of 2 prefixes"),
     ],
 )
 def test_bad_input_is_named(kwargs, message):

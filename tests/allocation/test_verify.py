@@ -112,7 +112,7 @@ def foreign(name, **kwargs):
     ids=["CartPole", "FrozenLake", "Taxi", "Blackjack", "NormalizeObservation", "RecordEpisodeStatistics"],
 )
 def test_forests_of_foreign_environments_are_verified(make):
-    envs = wrapped(SyncVectorEnv([make] * 3), success=lambda total, info: total > 10)
+    envs = wrapped(SyncVectorEnv([make] * 3), budget=48, success=lambda total, info: total > 10)
     forest = sample(envs)
     # A second forest begins where the first one left the wrappers.
     for _ in range(2):

@@ -72,7 +72,7 @@ def test_the_loop_runs_on_a_plain_vector_too():
 def test_cartpole_in_a_vector(mode):
     envs = wrap("CartPole-v1", 3, mode=mode, success=lambda total, info: total > 20)
     check(envs, agent(envs, 0, works))
-    assert envs.forest.ledger.continuations == 4
+    assert envs.forest.ledger.continuations == 8
     envs.close()
 
 
