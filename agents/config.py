@@ -17,13 +17,13 @@ from agents.advantages import ESTIMATORS
 from agents.losses import AGGREGATIONS
 from agents.models import env_settings
 from agents.runlog import CONFIG
-from allocation import TraceConfig
+from allocation import PREDICTORS, TraceConfig, TracePlusConfig
 from allocation.allocators import ALLOCATORS
 
 DEFAULT_NAME = "trace"
 LR_SCHEDULES = ("linear", "constant")
 # A checkpoint is of these: another value would be ignored, or make what comes after no continuation of what came before.
-FIXED_ON_RESUME = ("env_id", "env", "train_split", "eval_split", "model", "allocator", "seed")
+FIXED_ON_RESUME = ("env_id", "env", "train_split", "eval_split", "model", "allocator", "predictor", "seed")
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,12 @@ class TrainConfig:
         env_id: Gymnasium environment to learn.
         env: Its arguments.
         model: `tiny` (the shipped warm start), a local folder in transformers' format, or a hub id.
-        allocator: Where the budget goes: `trace` or `grpo` (a fixed group at every prompt).
+        allocator: Where the budget goes: `trace_plus` (ours), `trace` (the paper's), `grpo` (a fixed group at every prompt), or
+            another of the methods in docs/methods.md.
         trace: Settings of `trace`.
-        group_size: Rollouts of a prompt under `grpo`.
+        trace_plus: Settings of `trace_plus`.
+        predictor: What predicts success, for methods that need it: `hidden_state`, `text`, `counts` or `ensemble`.
+        group_size: Rollouts of a prompt, for methods with groups of a fixed size.
         estimator: Advantages: `tree` (default) or `grpo` (flat groups).
         advantage_std: Divide a prompt's advantages by their standard deviation, with a floor.
         aggregation: How the loss averages: `prompt`, `trajectory`, `edge` or `token`.
@@ -107,8 +110,10 @@ class TrainConfig:
     env_id: str = "TraceMultiHopQA-v0"
     env: EnvConfig = field(default_factory=EnvConfig)
     model: str = "tiny"
-    allocator: str = "trace"
+    allocator: str = "trace_plus"
     trace: TraceConfig = field(default_factory=TraceConfig)
+    trace_plus: TracePlusConfig = field(default_factory=TracePlusConfig)
+    predictor: str = "hidden_state"
     group_size: int = 8
     estimator: str = "tree"
     advantage_std: bool = False
@@ -164,6 +169,7 @@ class TrainConfig:
             "estimator": ESTIMATORS,
             "aggregation": AGGREGATIONS,
             "allocator": ALLOCATORS,
+            "predictor": PREDICTORS,
         }
         for name, values in known.items():
             if getattr(self, name) not in values:

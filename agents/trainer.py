@@ -25,7 +25,7 @@ from agents.losses import Clip
 from agents.models import load_model
 from agents.policies import TransformersPolicy, collect
 from agents.runlog import CONFIG, RunLog, read_jsonl
-from allocation import Forest, HiddenStatePredictor, Ledger, Root, Tree, TreeAllocationWrapper, make_allocator
+from allocation import Forest, Ledger, Root, Tree, TreeAllocationWrapper, make_allocator, make_predictor
 from allocation.methods.predicted import PredictedAllocator
 from allocation.tree import tree_record
 
@@ -130,9 +130,11 @@ class Trainer:
         self.env_kwargs = {**config.env.kwargs(), "split": config.train_split}
         self.allocator = make_allocator(
             config.allocator,
-            predictor=HiddenStatePredictor(int(self.model.config.hidden_size), seed=config.seed),
+            predictor=make_predictor(
+                config.predictor, feature_dim=int(self.model.config.hidden_size), seed=config.seed
+            ),
             group_size=config.group_size,
-            config=config.trace,
+            config=config.trace_plus if config.allocator == "trace_plus" else config.trace,
         )
         self.policy = TransformersPolicy(
             self.model,

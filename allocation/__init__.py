@@ -1,8 +1,12 @@
 """Where a sampling budget goes: trees of rollouts, allocators, and the wrapper that collects them."""
 
-from allocation.allocators import ALLOCATORS, TraceAllocator, TraceConfig, UniformAllocator, make_allocator
+from allocation.allocators import ALLOCATORS, METHODS, make_allocator
 from allocation.collection import Context
 from allocation.ledger import Ledger
+from allocation.methods.base import Allocator
+from allocation.methods.trace import TraceAllocator, TracePlusAllocator
+from allocation.methods.trace_config import TraceConfig, TracePlusConfig
+from allocation.methods.uniform import UniformAllocator
 from allocation.predictor import Predictor
 from allocation.predictors import PREDICTORS, HiddenStatePredictor, MeanPredictor, make_predictor
 from allocation.runner import AsyncRunner, RolloutError
@@ -12,7 +16,9 @@ from allocation.wrapper import TreeAllocationWrapper
 
 __all__ = [
     "ALLOCATORS",
+    "METHODS",
     "PREDICTORS",
+    "Allocator",
     "AsyncRunner",
     "Context",
     "Forest",
@@ -27,6 +33,8 @@ __all__ = [
     "Sample",
     "TraceAllocator",
     "TraceConfig",
+    "TracePlusAllocator",
+    "TracePlusConfig",
     "Tree",
     "TreeAllocationWrapper",
     "UniformAllocator",

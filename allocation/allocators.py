@@ -57,13 +57,13 @@ def make_allocator(
     """Returns an allocator by name.
 
     Args:
-        name: One of `ALLOCATORS`.
-        predictor: For methods that need one; the default knows counts alone, no hidden states.
+        name: One of `METHODS`.
+        predictor: For methods that need one; the default knows counts alone, no hidden states. `oracle` needs `TrueValues`.
         group_size: Rollouts of a prompt, for methods with groups of a fixed size.
-        config: Of the methods that are compositions of TRACE's parts.
+        config: Of the methods that are compositions of TRACE's parts; `trace_plus` takes a `TracePlusConfig`.
 
     Raises:
-        ValueError: The name is unknown.
+        ValueError: The name is unknown, or the method cannot do with the predictor or the config.
     """
     if name not in METHODS:
         raise ValueError(f"unknown allocator {name!r}; known: {', '.join(METHODS)}")

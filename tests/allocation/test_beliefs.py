@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allocation.beliefs import KAPPA_BOUNDS, BetaBeliefs, fit_kappa, log_gamma
+from allocation.beliefs import KAPPA_BOUNDS, BetaBeliefs, fit_kappa, fit_rho, log_gamma
 
 
 def test_a_belief_is_the_prediction_plus_the_counts():
@@ -149,3 +149,14 @@ def test_fit_kappa_is_the_maximum_of_a_fine_grid():
         return out
 
     assert likelihood(fit_kappa(v, s, f)) >= max(likelihood(k) for k in np.geomspace(*KAPPA_BOUNDS, 400)) - 1e-6
+
+
+def test_rho_is_the_correlation_of_outcomes_around_the_prediction():
+    rng = np.random.default_rng(3)
+    v, rho = rng.uniform(0.2, 0.8, 4000), 0.25
+    kappa = 1 / rho - 1
+    drawn = rng.binomial(8, rng.beta(kappa * v, kappa * (1 - v)))
+    assert fit_rho(v, drawn, 8 - drawn) == pytest.approx(rho, abs=0.02)
+    independent = rng.binomial(8, v)
+    assert fit_rho(v, independent, 8 - independent) < 0.02
+    assert fit_rho([0.5, 0.9], [1, 0], [0, 1]) is None and fit_rho([], [], []) is None

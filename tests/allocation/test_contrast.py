@@ -1,3 +1,4 @@
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -11,6 +12,7 @@ from allocation.contrast import (
     PlugIn,
     Posterior,
     RootValue,
+    Signal,
     exact_contrast,
     flip_success,
     power_moments,
@@ -146,3 +148,23 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="known: beta_binomial, knapsack, pcl"):
         root_value("no")
     assert root_value("beta_binomial", rho=0.3) == BetaBinomial(0.3)
+
+
+@given(a=st.integers(1, 12), b=st.integers(1, 12), m=st.integers(2, 16))
+def test_signal_is_the_expected_variance_within_a_group(a, b, m):
+    expected = Fraction(0)
+    for s in range(m + 1):
+        chance = Fraction(math.comb(m, s))
+        for j in range(m):
+            chance *= Fraction(a + j if j < s else b + j - s, a + b + j)
+        expected += chance * Fraction(s, m) * (1 - Fraction(s, m))
+    assert Signal().table([a], [b], m)[0, m] == pytest.approx(float(expected), abs=1e-13)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.4, 2.5), (1.5, 1.2), (30.0, 3.0)])
+def test_signal_equals_numerical_integration(a, b):
+    x = (np.arange(400_000) + 0.5) / 400_000
+    p = x**4 / (x**4 + (1 - x) ** 4)  # denser where the density may be unbounded
+    weight = p ** (a - 1) * (1 - p) ** (b - 1) * 4 * (x * (1 - x)) ** 3 / (x**4 + (1 - x) ** 4) ** 2
+    f = Signal().table([a], [b], 8)[0]
+    np.testing.assert_allclose(f[2:], np.average(p * (1 - p), weights=weight) * (1 - 1 / np.arange(2, 9)), rtol=1e-5)

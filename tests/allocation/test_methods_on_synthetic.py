@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_runs import HiddenView, batches, drive, make, shape, small_world
 
-from allocation import ALLOCATORS, TraceAllocator, TraceConfig
+from allocation import TraceAllocator, TraceConfig
+from allocation.allocators import METHODS
 from allocation.arena.synthetic import POPULATIONS
 from allocation.arena.worlds import replay
 from allocation.contrast import BELIEFS, ROOT_VALUES
 from allocation.prefixes import PREFIX_MODES
 from allocation.scheduler import Job
 
-every_method = pytest.mark.parametrize("name", ALLOCATORS)
+every_method = pytest.mark.parametrize("name", METHODS)
 
 
 def check_accounts(forest, budget, allocator):
