@@ -425,7 +425,7 @@ def test_the_first_free_name_is_taken_and_the_latest_run_resumed(config, tmp_pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--allocator", "grpo"], "cannot change allocator: allocator is 'trace' in the run, 'grpo' was given"),
+        (["--allocator", "grpo"], "cannot change allocator: allocator is 'trace_plus' in the run, 'grpo' was given"),
         (["--env.max-turns", "3"], "cannot change env.max_turns: env.max_turns is None in the run, 3 was given"),
         (["--seed", "1", "--model", "tiny"], "cannot change model, seed: model is '"),
         (["--env-id", "Other-v0"], "cannot change env_id"),
