@@ -18,7 +18,7 @@ from agents.losses import AGGREGATIONS
 from agents.models import env_settings
 from agents.runlog import CONFIG
 from allocation import PREDICTORS, TraceConfig, TracePlusConfig
-from allocation.allocators import ALLOCATORS
+from allocation.allocators import METHODS
 
 DEFAULT_NAME = "trace"
 LR_SCHEDULES = ("linear", "constant")
@@ -168,12 +168,18 @@ class TrainConfig:
             "lr_schedule": LR_SCHEDULES,
             "estimator": ESTIMATORS,
             "aggregation": AGGREGATIONS,
-            "allocator": ALLOCATORS,
+            "allocator": [name for name in METHODS if name != "oracle"],  # methods of the user's own among them
             "predictor": PREDICTORS,
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(values)}")
+        for name, default in (("trace", TraceConfig()), ("trace_plus", TracePlusConfig())):
+            if self.allocator in ("trace", "trace_plus") and self.allocator != name and getattr(self, name) != default:
+                raise ValueError(
+                    f"settings of {name} were given, but the allocator is {self.allocator}, which would ignore them: "
+                    f"choose allocator {name}, or give settings of {self.allocator}"
+                )
         for name in ("lr", "gain_lr", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

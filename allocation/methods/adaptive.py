@@ -26,12 +26,12 @@ class DAPOAllocator(Allocator):
     nothing, so nobody's number of rollouts depends on its own outcomes.
 
     Differences: the published method samples until the batch is full, whatever that costs; here the budget is a cap and the
-    size of the batch is what comes of it. With `target_share=1`, the default, the target is out of reach unless no group is
-    filtered, and the whole budget is spent in one wave: at equal cost dynamic sampling is then GRPO's sampling with a loss
-    that averages over the mixed groups alone, that is, a longer step where few groups are mixed. With a smaller target it may
-    stop early, which `Ledger.unspent` shows. A wave draws what is lacking instead of a whole generation batch, so nothing is
-    sampled beyond the target and then cut off. Filtering goes by the environment's verdict, not by shaped rewards. The other
-    parts of DAPO (clip, token-level loss, overlong rewards) are settings of the learner.
+    size of the batch is what comes of it. With `target_share=1`, the default, every group that the budget can pay is asked
+    for at once, so the whole budget is spent in one wave: at equal cost dynamic sampling is then GRPO's sampling with a
+    loss that averages over the mixed groups alone, that is, a longer step where few groups are mixed. With a smaller target
+    it may stop early, which `Ledger.unspent` shows. A wave draws what is lacking instead of a whole generation batch, so
+    nothing is sampled beyond the target and then cut off. Filtering goes by the environment's verdict, not by shaped
+    rewards. The other parts of DAPO (clip, token-level loss, overlong rewards) are settings of the learner.
 
     Args:
         group_size: Rollouts of a prompt; larger where there are too few prompts for the budget.

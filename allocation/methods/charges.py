@@ -93,7 +93,6 @@ class Charges:
         self.continuations = continuations
         self.costs = CostModel()
         self._weights: dict[Tree, float] = {}
-        self._precision: dict[Tree, float] = {}
         self._bills: dict[Tree, _Bill] = {}
         self._root_tokens: float | None = None
 
@@ -139,7 +138,7 @@ class Charges:
         config = self.config
         cost = self.root_costs(candidates)
         if first:
-            self._bills, self._weights, self._precision = {}, {}, {}
+            self._bills, self._weights = {}, {}
             self._root_tokens = None if config.token_budget is None else config.token_budget / (1 + self.continuations)
         tokens = None
         if cost is not None and self._root_tokens is not None:
@@ -249,17 +248,18 @@ class Charges:
     def loss_weights(self, trees: Sequence[Tree]) -> FloatArray:
         """Returns what each tree counts in the loss, float64 [n]."""
         weights = np.array([self._weights.get(tree, 1.0) for tree in trees])
-        if not self._precision:
-            return weights
-        precision = np.array([self._precision[tree] for tree in trees])
-        return weights * precision / precision.mean()
+        if self.config.weighting == "precision" and self.costs.ready:
+            # Nothing that this batch has brought is in the costs yet: they are those that it was planned by.
+            weights = weights / self.costs.predict(trees, [t.root for t in trees])
+            weights = weights / weights.mean()
+        return weights
 
     def update(self, forest: Forest) -> dict[str, float]:
         """Learns the costs of a finished batch, where they matter; returns figures for the log."""
         report = self.costs.update(forest) if self._learning else {}
         if self.config.reweight != "none":
             report |= weight_report(np.array([tree.loss_weight for tree in forest]))
-        self._bills, self._weights, self._precision = {}, {}, {}
+        self._bills, self._weights = {}, {}
         return report
 
     def state_dict(self) -> dict[str, Any]:

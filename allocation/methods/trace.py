@@ -100,23 +100,23 @@ class TraceAllocator(PredictedAllocator):
         beliefs = self.root_beliefs(candidates)
         value = self._root_value(trusted=beliefs is not None)
         alpha, beta = beliefs or (np.ones(n), np.ones(n))
-        table = value.table(alpha, beta, config.m_max)
+        # No prompt can have more than all of the budget, so a table need not say what more would be worth.
+        m_max = max(config.m_min, min(config.m_max, sum(len(t.root.children) for t in candidates) + budget))
+        table = value.table(alpha, beta, m_max)
         now = self._wave_budget(budget, wave, n)
         explore = min(1.0, config.explore * budget / now)  # its share of the whole, in the first wave
         if wave:
             seen = np.array([tree.outcome_counts("root") for tree in candidates])
             opened = seen.any(axis=1)
-            table[opened] = further_value(
-                value, alpha[opened], beta[opened], seen[opened, 0], seen[opened, 1], config.m_max
-            )
+            table[opened] = further_value(value, alpha[opened], beta[opened], seen[opened, 0], seen[opened, 1], m_max)
             return self.charges.spend_more(
-                candidates, table, seen.sum(axis=1), now, m_min=config.m_min, m_max=config.m_max, rng=rng,
+                candidates, table, seen.sum(axis=1), now, m_min=config.m_min, m_max=m_max, rng=rng,
                 share=1 / (config.root_waves - wave),
             )  # fmt: skip
-        if config.solver == "exact" and n * now * (config.m_max - config.m_min + 2) <= EXACT_LIMIT:
+        if config.solver == "exact" and n * now * (m_max - config.m_min + 2) <= EXACT_LIMIT:
             return self._exact_roots(candidates, table, now, explore, rng)
         return self.charges.spend_roots(
-            candidates, table, now, m_min=config.m_min, m_max=config.m_max, explore=explore,
+            candidates, table, now, m_min=config.m_min, m_max=m_max, explore=explore,
             last_sampled=self.beliefs.last_sampled([t.key for t in candidates]), rng=rng, share=1 / config.root_waves,
         )  # fmt: skip
 
@@ -142,7 +142,7 @@ class TraceAllocator(PredictedAllocator):
         order = rng.permutation(len(table))  # the program gives ties to earlier rows
         counts = np.zeros(len(table), dtype=np.int64)
         counts[order] = allocate_roots_exact(
-            table[order], budget, m_min=config.m_min, m_max=config.m_max, opened=explored[order]
+            table[order], budget, m_min=config.m_min, m_max=table.shape[1] - 1, opened=explored[order]
         )
         return counts
 
@@ -244,8 +244,9 @@ class TraceAllocator(PredictedAllocator):
 class TracePlusAllocator(TraceAllocator):
     """`trace_plus` (this project): TRACE's two stages, tuned for gradient signal per token, not for mixed groups.
 
-    The same code as `trace` with other settings (`TracePlusConfig`): prompts by the posterior signal E[p(1-p)] per expected
-    token, few continuations, by posterior beliefs that count what the tree has shown, and none while the gate is closed.
+    The same code as `trace` with other settings (`TracePlusConfig`): prompts by the fall of the gradient's variance (`vip`) per
+    expected token, under beliefs that count earlier outcomes; few continuations, by posterior beliefs that count what the tree
+    has shown, and none while the gate is closed.
 
     Source: docs/algorithm.md section 7; docs/methods.md says what each setting is worth in the arena.
 

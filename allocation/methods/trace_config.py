@@ -6,6 +6,7 @@ Invariant: the defaults of `TraceConfig` are the paper's wherever the paper says
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from allocation.contrast import BELIEFS, ROOT_VALUES
 from allocation.methods.charges import ChargeConfig
@@ -74,6 +75,10 @@ class TraceConfig(ChargeConfig):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+        for name in ("m_min", "m_max", "root_waves", "prefix_waves", "cap_per_rollout"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) and not (name == "cap_per_rollout" and value is None):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
         if not 2 <= self.m_min <= self.m_max:
             raise ValueError(f"need 2 <= m_min <= m_max, got m_min={self.m_min}, m_max={self.m_max}")
         for name in ("root_waves", "prefix_waves"):
@@ -82,15 +87,15 @@ class TraceConfig(ChargeConfig):
         for name in ("explore", "gate"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.band is not None and not 0 <= self.band[0] < self.band[1] <= 1:
+        if self.band is not None and not (len(self.band) == 2 and 0 <= self.band[0] < self.band[1] <= 1):
             raise ValueError(f"band must be two probabilities in ascending order, got {self.band}")
-        if self.pool_factor <= 0:
+        if not 0 < self.pool_factor < float("inf"):
             raise ValueError(f"pool_factor must be positive, got {self.pool_factor}")
-        if self.continuations < 0:
+        if not self.continuations >= 0:
             raise ValueError(f"continuations must not be negative, got {self.continuations}")
         if self.cap_per_rollout is not None and self.cap_per_rollout < 0:
             raise ValueError(f"cap_per_rollout must be None or not negative, got {self.cap_per_rollout}")
-        if self.kappa is not None and self.kappa <= 0:
+        if self.kappa is not None and not 0 < self.kappa < float("inf"):
             raise ValueError(f"kappa must be None or positive, got {self.kappa}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must lie in (0, 1], got {self.decay}")
@@ -115,7 +120,6 @@ class TracePlusConfig(TraceConfig):
 
     root_value: str = "vip"
     cost_aware: bool = True
-    weighting: str = "precision"
     continuations: float = 0.5
     prefix_belief: str = "posterior"
     cap_per_rollout: int | None = 4

@@ -330,6 +330,19 @@ def test_clipped_weights_have_mean_one_and_work_without_exploration():
         method.update(forest)
 
 
+def test_precision_weights_are_inverse_to_expected_tokens_and_have_mean_one():
+    world, rng = LengthWorld(dim=3), np.random.default_rng(0)
+    method = allocator(weighting="precision")
+    first = replay(world, method, 96, rng)
+    assert {t.loss_weight for t in first} == {1.0}, "nothing is known of costs yet"
+    method.update(first)
+    forest = replay(world, method, 96, rng)
+    weights = np.array([t.loss_weight for t in forest])
+    expected = 1 / method.charges.costs.predict(list(forest), [t.root for t in forest])
+    np.testing.assert_allclose(weights, expected / expected.mean())
+    assert np.ptp(weights) > 0.1
+
+
 def test_reweighting_leaves_the_allocation_alone():
     trees = [LengthWorld().open(i) for i in range(40)]
     plain, weighted = (
