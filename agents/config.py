@@ -174,17 +174,17 @@ class TrainConfig:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(values)}")
-        for name, default in (("trace", TraceConfig()), ("trace_plus", TracePlusConfig())):
-            if self.allocator in ("trace", "trace_plus") and self.allocator != name and getattr(self, name) != default:
-                raise ValueError(
-                    f"settings of {name} were given, but the allocator is {self.allocator}, which would ignore them: "
-                    f"choose allocator {name}, or give settings of {self.allocator}"
-                )
         for name in ("lr", "gain_lr", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive in training, got {self.temperature}")
+
+    @property
+    def ignored(self) -> list[str]:
+        """Sections whose settings were given although the allocator has none of them, such as `trace` under `trace_plus`."""
+        sections = {"trace": TraceConfig(), "trace_plus": TracePlusConfig()}
+        return [name for name, plain in sections.items() if name != self.allocator and getattr(self, name) != plain]
 
     @property
     def directory(self) -> Path:

@@ -6,6 +6,7 @@ Invariant: everything that influences the next update is in `Trainer.state_dict`
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 import time
@@ -28,6 +29,8 @@ from agents.runlog import CONFIG, RunLog, read_jsonl
 from allocation import Forest, Ledger, Root, Tree, TreeAllocationWrapper, make_allocator, make_predictor
 from allocation.methods.predicted import PredictedAllocator
 from allocation.tree import tree_record
+
+logger = logging.getLogger(__name__)
 
 
 class TaskDeck:
@@ -110,6 +113,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, resume: bool = False):
         self.config = config = resolve(config, resume=resume)
+        for name in config.ignored:
+            logger.warning("settings of %s are ignored: the allocator is %s", name, config.allocator)
         self.credit = ESTIMATORS[config.estimator]
         if config.threads:
             torch.set_num_threads(config.threads)

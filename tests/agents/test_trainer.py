@@ -20,7 +20,7 @@ from agents.models import SHIPPED, load_model
 from agents.policies import collect
 from agents.runlog import RunLog, read_jsonl
 from agents.trainer import TaskDeck, Trainer, batch_figures
-from allocation import TraceConfig, Tree
+from allocation import TracePlusConfig, Tree
 
 DATA = Path(os.environ.get("TRACE_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -38,7 +38,7 @@ def config(folder, tmp_path):
     return TrainConfig(
         env_id="Echo-v0",
         model=str(folder),
-        trace=TraceConfig(pool_factor=2.0),
+        trace_plus=TracePlusConfig(pool_factor=2.0),
         budget=16,
         updates=3,
         lr=3e-3,
@@ -497,6 +497,14 @@ def test_a_dry_run_prints_the_settings_and_writes_nothing(config, tmp_path, caps
     printed = yaml.safe_load(capsys.readouterr().out)
     assert from_dict(TrainConfig, printed, "printed") == replace(config, lr=0.5)
     assert not config.directory.exists()
+
+
+def test_settings_that_are_ignored_are_named(config, caplog):
+    Trainer(replace(config, allocator="grpo")).close()
+    assert "settings of trace_plus are ignored: the allocator is grpo" in caplog.text
+    caplog.clear()
+    Trainer(replace(config, name="two")).close()
+    assert not caplog.text
 
 
 def test_settings_go_through_yaml(config):
