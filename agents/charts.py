@@ -83,6 +83,10 @@ _CURVES = (
     _Lines("Effective ratio", "Share of active prompts with both outcomes: over root rollouts alone, over whole trees.",
            {"effective_ratio/roots": "root rollouts", "effective_ratio/tree": "whole tree"}, "mixed prompts", True),
     _Lines("Gradient norm", "Before clipping.", {"loss/grad_norm": "norm"}, "norm"),
+    _Lines("Divergence", "Of the policy from the weights that sampled and from the frozen reference, where there is one.",
+           {"loss/kl": "sampling weights", "loss/reference_kl": "reference"}, "nats a token", zero=True),
+    _Lines("Critic", "Share of the variance of returns that the critic's values explain.",
+           {"critic/explained_variance": "explained variance"}, "share", zero=True),
 )  # fmt: skip
 _PREDICTOR = (
     _Lines("Skill", "Brier skill over the running mean: at 0 the predictor is worth no more than the mean.",

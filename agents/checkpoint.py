@@ -1,65 +1,254 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
-Invariant: a checkpoint directory either is complete or does not exist: it is written under another name, flushed to disk and
-renamed; one that it replaces is set aside under a third name and removed last. Arrays are in safetensors, all else in JSON;
-nothing that is read is ever executed.
+Invariant: at every moment of saving, whatever stops it, the directory holds what it held before or the new checkpoint whole. A
+checkpoint is written under another name, flushed to disk and renamed; one that it replaces is set aside and removed last.
+One that is not as it was written is never used, counted or removed.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-FORMAT_VERSION = 1
-_ASIDE = ".replaced-"
-_TENSOR, _PAIRS, _NUMPY = "__tensor__", "__pairs__", "__numpy__"
+from agents.manifest import Manifest, ManifestError, check_files, read_manifest, write_manifest
+from agents.state_file import read_state, write_state
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+_WRITING, _REPLACED, _REMOVING = ".writing-", ".replaced-", ".removing-"
+_REFUSED = "refused-"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged, foreign, or of another version; the message names the file."""
+    """A checkpoint cannot be written or used; the message names it and says why."""
 
 
-def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Replaces arrays by references, and collects them."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        # Tensors that share memory are refused by safetensors; a checkpoint keeps each as its own.
-        # The number keeps apart what has the same path, such as {"a/b": x} and {"a": {"b": y}}.
-        name = f"{len(tensors)}:{path}"
-        tensors[name] = torch.as_tensor(value).detach().cpu().clone().contiguous()
-        return {_TENSOR: name, _NUMPY: isinstance(value, np.ndarray)}
-    if isinstance(value, Mapping):
-        if all(isinstance(k, str) for k in value):
-            return {k: _flatten(v, f"{path}/{k}", tensors) for k, v in value.items()}
-        return {_PAIRS: [[k, _flatten(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
-    if isinstance(value, list | tuple):
-        return [_flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"{path or 'the state'} holds a {type(value).__name__}, which a checkpoint cannot keep")
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint that was read.
+
+    Attributes:
+        path: Its directory, which is also a model folder.
+        update: Policy updates done.
+        state: What `save_checkpoint` was given.
+    """
+
+    path: Path
+    update: int
+    state: dict[str, Any]
 
 
-def _restore(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    if isinstance(value, dict):
-        if _TENSOR in value:
-            tensor = tensors[value[_TENSOR]]
-            return tensor.numpy() if value[_NUMPY] else tensor
-        if _PAIRS in value:
-            return {k: _restore(v, tensors) for k, v in value[_PAIRS]}
-        return {k: _restore(v, tensors) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_restore(v, tensors) for v in value]
-    return value
+def save_checkpoint(
+    directory: Path,
+    update: int,
+    model: Any,
+    tokenizer: Any,
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    fingerprint: str = "",
+) -> Path:
+    """Writes a checkpoint, and removes older ones of the same run when there are more than enough.
+
+    Args:
+        directory: Where checkpoints live; the new one is `update-<number>` in it.
+        update: Number of policy updates done.
+        model: Saved as a transformers folder, so that a checkpoint can be loaded like any model.
+        tokenizer: Saved beside it.
+        state: Arrays and plain data, nested; see `agents.state_file`.
+        keep: How many checkpoints stay, at least 1. Those that cannot be used do not count and are left alone.
+        fingerprint: Digest of the settings that must not change on resuming.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        CheckpointError: It cannot be written, for instance because the disk is full; earlier ones are as they were.
+        TypeError: The state holds something that a checkpoint cannot keep.
+    """
+    final, temporary = directory / f"update-{update:06d}", directory / f"{_WRITING}{update:06d}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _tidy(directory)
+        try:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            write_state(temporary, state)
+            write_manifest(temporary, {"version": FORMAT_VERSION, "update": update, "fingerprint": fingerprint})
+            _sync_tree(temporary)
+        except Exception:  # an interrupt, too, may leave it: the next save removes it
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _install(temporary, final, fingerprint)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint {final} cannot be written ({error}); those before it are kept: make room for it and see that "
+            f"the directory can be written to, then go on with --resume"
+        ) from error
+    _retain(directory, final, keep, fingerprint)
+    return final
+
+
+def load_latest(directory: Path, fingerprint: str) -> Loaded:
+    """Reads the latest checkpoint that can be used; each later one that cannot is named in a warning. Nothing is written.
+
+    Args:
+        directory: Where checkpoints live.
+        fingerprint: That of the run which goes on.
+
+    Raises:
+        CheckpointError: There is none; if some were refused, each is listed with its reason.
+    """
+    refused: list[str] = []
+    for path in _candidates(directory):
+        try:
+            loaded = load_checkpoint(path, fingerprint)
+        except CheckpointError as error:
+            refused.append(str(error))
+            continue
+        for message in refused:
+            logger.warning("%s; going on from %s instead", message, path.name)
+        return loaded
+    if refused:
+        raise CheckpointError("no checkpoint can be used: " + "; ".join(refused))
+    raise CheckpointError(f"there is no checkpoint in {directory}; start the run anew, without --resume")
+
+
+def load_checkpoint(path: Path, fingerprint: str | None = None) -> Loaded:
+    """Reads one checkpoint, every file of it checked before it is parsed.
+
+    Args:
+        path: Its directory.
+        fingerprint: That of the run which goes on; `None` for any.
+
+    Raises:
+        CheckpointError: It was cut short or altered, or is of another version or run.
+    """
+    try:
+        manifest = _checked(path, fingerprint)
+        return Loaded(path, int(manifest.header["update"]), read_state(path))
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint {path} is refused: {error}") from error
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Returns the checkpoints by name, oldest first, usable or not."""
+    found = {
+        int(m[1]): p for p in directory.glob("update-*") if (m := re.fullmatch(r"update-(\d+)", p.name)) and p.is_dir()
+    }
+    return [found[update] for update in sorted(found)]
+
+
+def _candidates(directory: Path) -> list[Path]:
+    """Returns all that may be used, the best first: by update, and one that was set aside after the one in its place."""
+    asides = {int(m[1]): p for p in directory.glob(f"{_REPLACED}*") if (m := re.fullmatch(r"\.replaced-(\d+)", p.name))}
+    finals = {_update(p): p for p in list_checkpoints(directory)}
+    return [
+        by[update] for update in sorted({*finals, *asides}, reverse=True) for by in (finals, asides) if update in by
+    ]
+
+
+def _update(path: Path) -> int:
+    return int(path.name.rsplit("-", 1)[1])
+
+
+def _checked(path: Path, fingerprint: str | None) -> Manifest:
+    """Returns the manifest of a checkpoint that can be used.
+
+    Raises:
+        ManifestError: It cannot; the message is the reason.
+    """
+    manifest = read_manifest(path)
+    header = manifest.header
+    if header.get("version") != FORMAT_VERSION:
+        raise ManifestError(f"it has version {header.get('version')}, this release reads version {FORMAT_VERSION}")
+    if header.get("update") != _update(path):
+        raise ManifestError(f"it is of update {header.get('update')}, so it was renamed")
+    if fingerprint is not None and header.get("fingerprint") != fingerprint:
+        raise ManifestError(
+            f"it is of another run: its settings have the digest {header.get('fingerprint')!r}, those of this run have "
+            f"{fingerprint!r}"
+        )
+    check_files(path, manifest)
+    return manifest
+
+
+def _usable(path: Path, fingerprint: str) -> bool:
+    try:
+        _checked(path, fingerprint)
+    except ManifestError:
+        return False
+    return True
+
+
+def _tidy(directory: Path) -> None:
+    """Removes what a stopped save left unfinished, and puts back what it had set aside."""
+    for pattern in (f"{_WRITING}*", f"{_REMOVING}*"):
+        for stale in directory.glob(pattern):
+            shutil.rmtree(stale)
+    for aside in directory.glob(f"{_REPLACED}*"):
+        final = directory / f"update-{aside.name.removeprefix(_REPLACED)}"
+        if not final.exists():
+            os.replace(aside, final)
+
+
+def _install(temporary: Path, final: Path, fingerprint: str) -> None:
+    """Gives a checkpoint that is on disk its name; what had that name before is set aside."""
+    directory, aside = final.parent, final.with_name(final.name.replace("update-", _REPLACED))
+    if final.exists() and not _usable(final, fingerprint):
+        kept = next(p for i in range(1, 10**6) if not (p := directory / f"{_REFUSED}{final.name}-{i}").exists())
+        logger.warning(
+            "the checkpoint %s cannot be used; it makes room for a new one and is kept as %s", final, kept.name
+        )
+        os.replace(final, kept)
+    elif final.exists():
+        if aside.exists():
+            shutil.rmtree(aside)  # the one in its place can be used
+        os.replace(final, aside)
+    try:
+        os.replace(temporary, final)
+    except OSError:
+        if aside.exists() and not final.exists():
+            os.replace(aside, final)
+        raise
+    _sync(directory)
+    _sync(directory.parent)
+
+
+def _retain(directory: Path, newest: Path, keep: int, fingerprint: str) -> None:
+    """Removes usable checkpoints of this run beyond the last few, and those that were replaced."""
+    good = 1
+    gone = [directory / newest.name.replace("update-", _REPLACED)]
+    for path in reversed(list_checkpoints(directory)):
+        if path != newest and _usable(path, fingerprint):
+            good += 1
+            gone += [path] if good > keep else [directory / path.name.replace("update-", _REPLACED)]
+    for path in gone:
+        if path.exists():
+            # Renamed first, so that a kill in the middle leaves nothing that looks like a damaged checkpoint.
+            removing = directory / f"{_REMOVING}{path.name.lstrip('.')}"
+            try:
+                os.replace(path, removing)
+                shutil.rmtree(removing)
+            except OSError as error:
+                logger.warning("the old checkpoint %s cannot be removed (%s)", path, error)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Flushes all files of a folder to disk, and then the folders."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _sync(path)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:
@@ -67,90 +256,6 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     finally:
-        os.close(descriptor)
-
-
-def save_checkpoint(
-    directory: Path, update: int, model: Any, tokenizer: Any, state: Mapping[str, Any], *, keep: int = 2
-) -> Path:
-    """Writes a checkpoint and removes the oldest ones.
-
-    Args:
-        directory: Where checkpoints live; the new one is `update-<number>` in it.
-        update: Number of policy updates done.
-        model: Saved as a transformers folder, so that a checkpoint can be loaded like any model.
-        tokenizer: Saved beside it.
-        state: Arrays and plain data, nested.
-        keep: How many checkpoints stay.
-
-    Returns:
-        The checkpoint's directory.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    final, temporary = directory / f"update-{update:06d}", directory / f".writing-{update:06d}"
-    aside = directory / f"{_ASIDE}{update:06d}"
-    _recover(directory)
-    for stale in directory.glob(".writing-*"):
-        shutil.rmtree(stale)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    tensors: dict[str, torch.Tensor] = {}
-    plain = _flatten(state, "", tensors)
-    save_file(tensors, temporary / "trainer.safetensors")
-    (temporary / "trainer.json").write_text(json.dumps({"version": FORMAT_VERSION, "update": update, "state": plain}))
-    for file in temporary.iterdir():
-        _sync(file)
-    if final.exists():
-        os.replace(final, aside)
-    os.replace(temporary, final)
-    _sync(directory)
-    shutil.rmtree(aside, ignore_errors=True)
-    for old in list_checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
-    return final
-
-
-def _recover(directory: Path) -> None:
-    """Puts back a checkpoint that was set aside for a new one that a crash kept from taking its place."""
-    for aside in directory.glob(f"{_ASIDE}*"):
-        final = directory / f"update-{aside.name.removeprefix(_ASIDE)}"
-        if final.exists():
-            shutil.rmtree(aside)
-        else:
-            os.replace(aside, final)
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Returns the complete checkpoints, oldest first."""
-    _recover(directory)
-    return sorted(p for p in directory.glob("update-*") if p.is_dir())
-
-
-def load_checkpoint(path: Path) -> tuple[int, dict[str, Any]]:
-    """Reads a checkpoint's trainer state.
-
-    Returns:
-        The number of updates done, and the state.
-
-    Raises:
-        CheckpointError: A file is missing, cut short, or of another version.
-    """
-    try:
-        record = json.loads((path / "trainer.json").read_text())
-        if not isinstance(record, dict):
-            raise ValueError("trainer.json holds no record")
-        if record.get("version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"the checkpoint {path} has version {record.get('version')}, this release reads version {FORMAT_VERSION}"
-            )
-        return int(record["update"]), _restore(record["state"], load_file(path / "trainer.safetensors"))
-    except CheckpointError:
-        raise
-    except KeyError as error:
-        raise CheckpointError(
-            f"the checkpoint {path} cannot be read ({error} is missing); remove it to use an earlier one"
-        ) from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the checkpoint {path} cannot be read ({error}); remove it to use an earlier one"
-        ) from error
+        # A failed close of what was only read loses nothing.
+        with contextlib.suppress(OSError):
+            os.close(descriptor)

@@ -23,6 +23,7 @@ import trace_envs
 from agents.config import TrainConfig, load_config, resolve, to_dict
 from agents.display import before_after_table
 from agents.evaluate import evaluate, make_env
+from agents.figures import learner_line
 from agents.models import env_settings, load_model
 from agents.policies import SCRIPTS, Policy, ScriptedPolicy, TransformersPolicy
 from agents.report import write_report
@@ -193,6 +194,7 @@ def _train(trainer: Trainer, console: Console) -> int:
         f"{total.root_rollouts + total.continuations:,} rollouts ({total.continuations:,} continuations), "
         f"{total.generated_tokens:,} tokens sampled; report: {report}"
     )
+    console.print(learner_line(read_jsonl(config.directory / METRICS)))
     return 0
 
 

@@ -5,6 +5,8 @@ Invariant: the resolved settings are saved with the run and run again unchanged 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -13,17 +15,17 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from agents.advantages import ESTIMATORS
-from agents.losses import AGGREGATIONS
+from agents.learner_config import LearnerConfig
 from agents.models import env_settings
 from agents.runlog import CONFIG
 from allocation import PREDICTORS, TraceConfig, TracePlusConfig
 from allocation.allocators import METHODS
 
 DEFAULT_NAME = "trace"
-LR_SCHEDULES = ("linear", "constant")
+CRITIC = "critic"
+"""Name of the predictor that is the critic itself."""
 # A checkpoint is of these: another value would be ignored, or make what comes after no continuation of what came before.
-FIXED_ON_RESUME = ("env_id", "env", "train_split", "eval_split", "model", "allocator", "predictor", "seed")
+FIXED_ON_RESUME = ("env_id", "env", "train_split", "eval_split", "model", "allocator", "predictor", "lora", "seed")
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,10 @@ class EnvConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(LearnerConfig):
     """Settings of `trace-envs train`. The defaults are the main job: the tiny agent on two CPU cores in about five minutes.
+
+    Those of the learner are `agents.learner_config.LearnerConfig`'s.
 
     Attributes:
         env_id: Gymnasium environment to learn.
@@ -71,27 +75,14 @@ class TrainConfig:
             another of the methods in docs/methods.md.
         trace: Settings of `trace`.
         trace_plus: Settings of `trace_plus`.
-        predictor: What predicts success, for methods that need it: `hidden_state`, `text`, `counts` or `ensemble`.
+        predictor: What predicts success, for methods that need it: `hidden_state`, `text`, `counts` or `ensemble`; or
+            `critic`, with `--estimator gae`, for the critic itself.
         group_size: Rollouts of a prompt, for methods with groups of a fixed size.
-        estimator: Advantages: `tree` (default) or `grpo` (flat groups).
-        advantage_std: Divide a prompt's advantages by their standard deviation, with a floor.
-        aggregation: How the loss averages: `prompt`, `trajectory`, `edge` or `token`.
         budget: Rollouts for each update, root rollouts and continuations together.
         updates: Policy updates.
-        epochs: Optimiser steps on each batch of rollouts.
-        lr: Step size of AdamW for matrices.
-        gain_lr: Step size for vectors (the gains of the norms). Their gradients are far less noisy than those of matrices, and
-            they set how sharp the policy is; see docs/training.md.
-        lr_warmup: Updates over which the step size rises from zero.
-        lr_schedule: What follows: `linear` falls to zero at the last update, `constant` stays.
-        weight_decay: Of AdamW.
-        clip_low: Lower bound of the probability ratio is 1 - this.
-        clip_high: Upper bound of the probability ratio is 1 + this.
-        max_grad_norm: Gradients are scaled down to this norm.
         temperature: Sampling temperature of training and evaluation.
         max_new_tokens: Token limit of one turn.
         num_envs: Rollouts that run side by side.
-        micro_tokens: Padded tokens of a micro-batch of the learner.
         train_split: Split that training questions come from.
         eval_split: Split that is evaluated before and after.
         eval_per_hop: Questions of each number of hops in an evaluation; 0 for all.
@@ -115,24 +106,11 @@ class TrainConfig:
     trace_plus: TracePlusConfig = field(default_factory=TracePlusConfig)
     predictor: str = "hidden_state"
     group_size: int = 8
-    estimator: str = "tree"
-    advantage_std: bool = False
-    aggregation: str = "prompt"
     budget: int = 128
     updates: int = 110
-    epochs: int = 1
-    lr: float = 1.5e-4
-    gain_lr: float = 2e-2
-    lr_warmup: int = 5
-    lr_schedule: str = "linear"
-    weight_decay: float = 0.0
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    max_grad_norm: float = 1.0
     temperature: float = 1.0
     max_new_tokens: int = 48
     num_envs: int = 128
-    micro_tokens: int = 4096
     train_split: str = "train"
     eval_split: str = "test"
     eval_per_hop: int = 100
@@ -148,35 +126,34 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             "budget",
             "updates",
-            "epochs",
             "max_new_tokens",
             "num_envs",
-            "micro_tokens",
             "checkpoint_every",
             "keep_checkpoints",
             "group_size",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_per_hop", "eval_every", "log_trees", "lr_warmup", "threads"):
+        for name in ("eval_per_hop", "eval_every", "log_trees", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         known = {
-            "lr_schedule": LR_SCHEDULES,
-            "estimator": ESTIMATORS,
-            "aggregation": AGGREGATIONS,
             "allocator": [name for name in METHODS if name != "oracle"],  # methods of the user's own among them
-            "predictor": PREDICTORS,
+            "predictor": [*PREDICTORS, CRITIC],
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(values)}")
-        for name in ("lr", "gain_lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.predictor == CRITIC and self.estimator != "gae":
+            raise ValueError(f"predictor 'critic' needs a critic: estimator 'gae', got {self.estimator!r}")
+        if self.name is not None and (Path(self.name).name != self.name or self.name in ("", "..")):
+            raise ValueError(
+                f"name must be that of one directory, got {self.name!r}; --runs says in which directory it lies"
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive in training, got {self.temperature}")
 
@@ -223,6 +200,20 @@ def _latest_name(runs: Path) -> str:
     return found[-1].parent.name
 
 
+def _fixed(config: TrainConfig) -> dict[str, Any]:
+    """Returns the settings that cannot change in the middle of a run, by name."""
+    plain = to_dict(config)
+    values = {name: plain[name] for name in FIXED_ON_RESUME if name != "env"}
+    return (
+        values | {f"env.{name}": value for name, value in plain["env"].items()} | {"critic": config.estimator == "gae"}
+    )
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """Returns a digest of the settings that cannot change in the middle of a run; a checkpoint fits runs that share it."""
+    return hashlib.sha256(json.dumps(_fixed(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
     """Refuses settings that cannot change in the middle of a run.
 
@@ -233,13 +224,7 @@ def check_resumable(config: TrainConfig, saved: TrainConfig) -> None:
     Raises:
         ValueError: Some differ; the message names them.
     """
-
-    def fixed(settings: TrainConfig) -> dict[str, Any]:
-        plain = to_dict(settings)
-        values = {name: plain[name] for name in FIXED_ON_RESUME if name != "env"}
-        return values | {f"env.{name}": value for name, value in plain["env"].items()}
-
-    new, old = fixed(config), fixed(saved)
+    new, old = _fixed(config), _fixed(saved)
     changed = [name for name in new if new[name] != old[name]]
     if changed:
         what = "; ".join(f"{k} is {old[k]!r} in the run, {new[k]!r} was given" for k in changed)
@@ -256,7 +241,9 @@ def to_dict(config: Any) -> dict[str, Any]:
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
-    return plain(asdict(config))
+    # What a run is about comes first, not what its class inherits.
+    own = type(config).__annotations__
+    return plain(dict(sorted(asdict(config).items(), key=lambda item: item[0] not in own)))
 
 
 def from_dict(cls: type, data: Any, where: str) -> Any:

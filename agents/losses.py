@@ -1,95 +1,141 @@
-"""The policy's loss on stored tokens.
+"""The policy's loss on stored tokens, term by term.
 
-Invariant: only sampled tokens are trained, each once; denominators are those of the whole batch, never of a micro-batch, so
-that splitting a batch changes nothing.
+Invariant: every term is a sum over tokens with coefficients that carry the denominators of the whole batch
+(`agents.aggregation`), so the sum over the parts of a batch is the batch's loss.
+
+All terms are per token: that an earlier token changes which later ones are met is in the advantages alone, as is usual for
+token-level penalties (Shao et al., 2024, equation 3).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
 import torch
-
-from agents.advantages import EdgeCredit
-from allocation import Forest
-
-Aggregation = Literal["prompt", "trajectory", "edge", "token"]
-AGGREGATIONS: tuple[str, ...] = ("prompt", "trajectory", "edge", "token")
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Bounds of the probability ratio: [1 - low, 1 + high] (DAPO's asymmetric clip; 0.2 / 0.28)."""
+    """Bounds of the probability ratio.
+
+    Attributes:
+        low, high: The ratio counts within [1 - low, 1 + high] (DAPO's asymmetric clip, Yu et al., 2025, equation 10).
+        dual: Where an advantage is negative the ratio counts up to this at most, above 1 (dual clip, Ye et al., 2020,
+            equation 3); 0 for no bound.
+    """
 
     low: float = 0.2
     high: float = 0.28
+    dual: float = 0.0
 
 
-def clipped_policy_loss(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, coefficients: torch.Tensor, clip: Clip
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """PPO's clipped surrogate, summed with coefficients (Schulman et al., 2017, equation 7).
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    coefficients: torch.Tensor,
+    clip: Clip,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's clipped surrogate (Schulman et al., 2017, equation 7), from two scalars a token.
+
+    The paper's term min(ratio A, clip(ratio) A) is A min(ratio, 1 + high) for a positive advantage and A max(ratio, 1 - low)
+    for a negative one. A token that several rollouts share, each with an advantage of its own, therefore needs the sum of the
+    positive advantages and that of the negative ones, and no more: up min(ratio, 1 + high) + down max(ratio, 1 - low). With a
+    dual clip the second factor is min(max(ratio, 1 - low), dual).
 
     Args:
-        logprobs: Under the current weights, float [tokens].
-        old_logprobs: Under the weights that sampled, float [tokens].
-        advantages: Of each token's edge, float [tokens].
-        coefficients: Share of each token in the batch's loss, float [tokens]; see `edge_coefficients`.
+        logprobs: Under the current weights, float [t].
+        old_logprobs: Under the weights that the batch is met with, float [t].
+        up: Positive part of the advantages, float [t], >= 0.
+        down: Negative part, float [t], <= 0.
+        coefficients: Share of each token in the batch's loss, float [t].
         clip: Bounds of the ratio.
 
     Returns:
-        The loss (a sum: coefficients carry the denominators), and sums for the log: `clipped` and `kl` (k1, in nats).
+        The loss, and which tokens have a part whose gradient is cut off, bool [t].
     """
-    ratio = torch.exp(logprobs - old_logprobs)
-    clipped = torch.clamp(ratio, 1 - clip.low, 1 + clip.high)
-    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    change = logprobs - old_logprobs
+    # Bounds on the logarithm: the exponential of a ratio that is cut anyway, or that counts nothing, cannot overflow.
+    high, low = math.log1p(clip.high), math.log1p(-clip.low) if clip.low < 1 else -math.inf
+    dual = math.log(clip.dual) if clip.dual else math.inf
+    rising = change.clamp(max=high).exp()
+    falling = torch.where(down == 0, 0.0, change).clamp(min=low).clamp(max=dual).exp()
     with torch.no_grad():
-        figures = {
-            "clipped": float(((clipped * advantages) < (ratio * advantages)).sum()),
-            "kl": float((old_logprobs - logprobs).sum()),
-        }
-    return -(coefficients * surrogate).sum(), figures
+        cut = ((up != 0) & (change > high)) | ((down != 0) & ((change < low) | (change > dual)))
+    return -(coefficients * (up * rising + down * falling)).sum(), cut
 
 
-def edge_coefficients(forest: Forest, credits: list[EdgeCredit], aggregation: str) -> list[np.ndarray]:
-    """Returns what one token of each edge counts in the loss of the batch.
+def kl_loss(
+    logprobs: torch.Tensor, reference: torch.Tensor, coefficients: torch.Tensor, estimator: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergence from a frozen reference, from sampled tokens.
 
-    * `prompt`: rollouts are averaged within a prompt, then prompts are averaged, so that the number of rollouts that a
-      prompt was given is not a weight (docs/algorithm.md, section 1).
-    * `trajectory`: every root rollout counts the same, whatever its prompt.
-    * `edge`: every turn counts the same.
-    * `token`: every token counts the same.
+    With d = log pi(a) - log ref(a) for a token a that was drawn from pi:
 
-    The first two divide by the mean number of sampled tokens of a root-to-leaf path, a constant of the batch, so that the
-    step size means the same at any length. A tree counts `Tree.loss_weight` times its share, and one of weight 0 is not counted
-    in any mean either: it was filtered out (`Allocator.loss_weights`).
+    * `k1` is d, an unbiased estimate of KL(pi || ref). Its derivative is grad log pi(a), whose expectation is zero: what
+      changes KL is how often each token comes, which differentiating d at the tokens that came leaves out. So the loss has the
+      score function's gradient instead, d grad log pi(a), whose expectation is grad KL(pi || ref).
+    * `k3` is exp(-d) - 1 + d (Schulman, 2020, "Approximating KL divergence"), also unbiased for KL(pi || ref), never negative,
+      and less noisy. It is differentiated, as in GRPO (Shao et al., 2024, equation 4); what that descends on average is
+      KL(ref || pi), which has the same minimum.
+
+    As in GRPO there is no correction for tokens that older weights drew: after the first of several steps on a batch both are
+    approximate.
 
     Args:
-        forest: The batch.
-        credits: One for each tree.
-        aggregation: One of `AGGREGATIONS`.
+        logprobs: Under the current weights, float [t].
+        reference: Under the reference, float [t].
+        coefficients: Share of each token, float [t].
+        estimator: `k1` or `k3`.
 
     Returns:
-        For each tree float64 [nodes].
+        The loss (with `k1` only its gradient has a meaning), and the estimates, float [t], without gradient.
 
     Raises:
-        ValueError: The aggregation is unknown.
+        ValueError: The estimator is unknown.
     """
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(f"unknown aggregation {aggregation!r}; known: {', '.join(AGGREGATIONS)}")
-    lengths = [np.array([0 if n.sample is None else len(n.sample.action_ids) for n in t.nodes]) for t in forest]
-    share = np.array([t.loss_weight for t in forest])
-    counted = share > 0
-    if aggregation == "token":
-        total = sum(int(n.sum()) for n, c in zip(lengths, counted, strict=True) if c)
-        return [np.full(len(n), s / max(total, 1)) for n, s in zip(lengths, share, strict=True)]
-    if aggregation == "edge":
-        total = sum(int((n > 0).sum()) for n, c in zip(lengths, counted, strict=True) if c)
-        return [s / (np.maximum(n, 1) * max(total, 1)) for n, s in zip(lengths, share, strict=True)]
-    mass = np.array([max(len(t.root.children), 1) if aggregation == "trajectory" else 1 for t in forest], dtype=float)
-    mass *= share / max(float(mass[counted].sum()), 1.0)
-    per_tree = [float((c.weight * n).sum()) for c, n in zip(credits, lengths, strict=True)]
-    mean_tokens = max(float(np.dot(mass, per_tree)), 1.0)
-    return [m * c.weight / mean_tokens for m, c in zip(mass, credits, strict=True)]
+    difference = logprobs - reference
+    if estimator == "k1":
+        estimate = difference.detach()
+        return (coefficients * estimate * logprobs).sum(), estimate
+    if estimator == "k3":
+        term = torch.expm1(-difference) + difference
+        return (coefficients * term).sum(), term.detach()
+    raise ValueError(f"unknown kl_estimator {estimator!r}; known: k1, k3")
+
+
+def entropy_loss(entropy: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """Returns minus the entropy of the distributions that tokens are drawn from, a sum with coefficients; both float [t]."""
+    return -(coefficients * entropy).sum()
+
+
+def importance_weights(
+    learner: torch.Tensor, sampler: torch.Tensor, cap: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Truncated importance weights between the learner and the engine that sampled.
+
+    The two compute the same weights in different ways (kernels, precision), so the tokens come from a slightly different
+    policy than the learner takes them from. Each token counts min(pi_learner / pi_sampler, cap): exact for a token's own
+    distribution where the cap does not bind, with bounded variance (Ionides, 2008; per token as in Yao et al., 2025).
+
+    Args:
+        learner: Log-probs by the learner before the update, float [t].
+        sampler: Log-probs as sampled, float [t].
+        cap: Greatest weight.
+
+    Returns:
+        The weights, float [t], without gradient, and figures: `importance/ess`, effective sample size over sample size,
+        (sum w)^2 / (n sum w^2); `importance/kl`, mean of sampler - learner, nats per token; `importance/clipped`, the share
+        of weights that were cut.
+    """
+    with torch.no_grad():
+        ratio = (learner - sampler).exp()
+        weights = ratio.clamp(max=cap)
+        figures = {
+            "importance/ess": float(weights.sum().square() / (len(weights) * weights.square().sum())),
+            "importance/kl": float((sampler - learner).mean()),
+            "importance/clipped": float((ratio > cap).float().mean()),
+        }
+    return weights, figures

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
+
+from agents.lora import ADAPTER_CONFIG, adapter_base, load_adapters
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = {"tiny": ASSETS / "tiny-multihop"}
@@ -31,7 +34,8 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[
     """Loads a causal language model and its tokenizer.
 
     Args:
-        name: `tiny` (the shipped warm start), a local folder in transformers' format, or a hub id.
+        name: `tiny` (the shipped warm start), a local folder in transformers' format, or a hub id. A local folder may hold
+            low-rank adapters alone: they are put into the model that they belong to and can be trained further.
         device: Where the model goes.
         dtype: A torch dtype by name, or `auto` for the one it was saved in.
 
@@ -39,8 +43,10 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[
         The model, in evaluation mode, and the tokenizer.
 
     Raises:
-        FileNotFoundError: A local folder was named and is not there, or holds no `config.json`.
-        ValueError: The weights are damaged, or the device cannot be used here.
+        FileNotFoundError: A local folder was named and is not there, or holds no `config.json`; or it holds adapters and their
+            model is gone.
+        ImportError: It holds adapters, and `peft` is not installed.
+        ValueError: The weights are damaged, the adapters do not fit, or the device cannot be used here.
         OSError: The hub does not have the model or cannot be reached.
     """
     try:
@@ -51,7 +57,9 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[
     source = str(SHIPPED.get(name, name))
     looks_local = name in SHIPPED or name.startswith((".", "/", "~")) or Path(name).exists()
     if looks_local:
-        source = str(Path(source).expanduser())
+        source = str(Path(source).expanduser().resolve())
+        if (Path(source) / ADAPTER_CONFIG).is_file():
+            return _load_with_adapters(Path(source), device, dtype)
         if not (Path(source) / "config.json").is_file():
             raise FileNotFoundError(
                 f"{source} is no model folder (no config.json); --model takes one of {', '.join(SHIPPED)}, a folder saved "
@@ -60,10 +68,48 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[
     # Bars for each file read or written would run through the live display and the plain lines of a log.
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(source)
+    if not looks_local and find_adapter_config_file(source) is not None:
+        # transformers would read such adapters from pickled weights, too.
+        raise ValueError(
+            f"{source} on the hub is adapters: download it (hf download {source} --local-dir FOLDER) and pass --model FOLDER"
+        )
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
         )
     except SafetensorError as error:
         raise ValueError(f"the weights in {source}/model.safetensors cannot be read ({error})") from error
-    return model.to(device).eval(), tokenizer
+    # What adapters that are saved later say they belong to.
+    model.name_or_path = name if name in SHIPPED else source
+    return _in_own_memory(model.to(device).eval()), tokenizer
+
+
+def _load_with_adapters(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
+    """Returns the model that the adapters in a folder belong to, with them in it, and its tokenizer."""
+    if any(folder.glob("model*.safetensors")):
+        raise ValueError(
+            f"{folder} holds adapters and a whole model: move {ADAPTER_CONFIG} or model.safetensors to a folder of its own"
+        )
+    base = adapter_base(folder)
+    try:
+        model, tokenizer = load_model(base, device=device, dtype=dtype)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the adapters in {folder} belong to the model {base}, which cannot be loaded: put it back, or set "
+            f"base_model_name_or_path in {ADAPTER_CONFIG} to where it is ({error})"
+        ) from error
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return _in_own_memory(load_adapters(model, folder)), tokenizer
+
+
+def _in_own_memory(model: Any) -> Any:
+    """Copies weights that lie in the mapped file, wherever its header ends, to memory of their own; returns the model.
+
+    A file written over would change them, and products of matrices may differ in their last bits with the alignment, so a
+    resumed run might not go on bit for bit.
+    """
+    if model.device.type == "cpu":
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+    return model

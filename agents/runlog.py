@@ -2,7 +2,7 @@
 
 Invariant: every line that ends in a newline is one whole JSON object with an integer `update`, and nothing but the
 `time/` entries depends on the clock. So a crash costs at most the last line, and two runs with one seed differ in
-`time/` alone.
+`time/` alone. What is in `metrics.jsonl` is in TensorBoard's files too, whenever the process is killed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _INSTALL = {"wandb": "pip install 'trace-envs[wandb]'", "trackio": "pip install 
 
 
 class DamagedLogError(ValueError):
-    """A line other than the last is not a JSON object."""
+    """A line other than the last is not a JSON object, or one is no record of a run."""
 
 
 def iter_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -163,7 +163,6 @@ class RunLog:
                 are stored as null.
         """
         plain = _record(record)
-        _append(self._metrics, plain)
         step = plain["update"]
         scalars = {
             key: value
@@ -173,6 +172,10 @@ class RunLog:
         writer = self._tensorboard()
         for key, value in scalars.items():
             writer.add_scalar(key, value, step)
+        # The writer collects points for a while. A record that a resumed run will not repeat must have its points on disk; the
+        # other way round, a kill between the two costs nothing: what is repeated falls on the same points.
+        writer.flush()
+        _append(self._metrics, plain)
         self._start_trackers()
         for tracker in self._trackers:
             tracker.log(scalars, step=step)
@@ -188,18 +191,31 @@ class RunLog:
     def truncate_after(self, update: int) -> None:
         """Forgets what was logged after an update, for resuming from the checkpoint made then.
 
+        It may be killed at any moment and done again.
+
         Args:
             update: The last update to keep. TensorBoard hides later points as well.
+
+        Raises:
+            DamagedLogError: A line is no record; both files are as they were.
         """
         self._metrics.close()
         self._trees.close()
         for path in (self.metrics_path, self.trees_path):
-            _replace(path, (_encode(record) for record in iter_jsonl(path) if record["update"] <= update))
+            for _ in _lines_until(path, update):  # before either file is touched
+                pass
+        for path in (self.metrics_path, self.trees_path):
+            _replace(path, _lines_until(path, update))
         self._metrics, self._trees = _appending(self.metrics_path), _appending(self.trees_path)
         self._purge_step = update + 1
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def sync(self) -> None:
+        """Flushes both logs to disk. Before a checkpoint is written: it must never be ahead of them, whatever fails."""
+        for file in (self._metrics, self._trees):
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Closes the files, TensorBoard and the trackers; a second call does nothing."""
@@ -312,6 +328,21 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def _lines_until(path: Path, update: int) -> Iterator[bytes]:
+    """Yields the lines of a log whose records are of no later update, byte for byte."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            at = (_parse(line) or {}).get("update")
+            if not isinstance(at, int) or isinstance(at, bool):
+                raise DamagedLogError(
+                    f"{path}, line {number}: no record with an integer 'update' ({_excerpt(line)}). Delete or mend it."
+                )
+            if at <= update:
+                yield line
+
+
 def _excerpt(line: bytes) -> str:
     text = line.decode("utf-8", "replace").strip()
     return ascii(text if len(text) <= 60 else text[:57] + "...")
@@ -350,8 +381,10 @@ def _last_line(file: BinaryIO, block: int = 1 << 16) -> tuple[int, bytes]:
 
 
 def _replace(path: Path, chunks: Sequence[bytes] | Iterator[bytes]) -> None:
-    """Writes `path` anew, so that a crash leaves either the old file or the new one."""
+    """Writes `path` anew, so that a crash, even of the machine, leaves either the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         file.writelines(chunks)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.learner import micro_batches
+from agents.layout import grouped
 from agents.policies.chat import ChatCodec, new_messages
 from agents.renaming import Renamer
 from agents.tiny import build_model, build_tokenizer
@@ -242,9 +242,9 @@ def _train_phase(model: Any, phase: Phase, number: int, config: WarmStartConfig,
         optimizer.zero_grad(set_to_none=True)
         trained = sum(int(t.mask.sum()) for t in batch)
         total = 0.0
-        for part in micro_batches(batch, MICRO_TOKENS):
+        for part in grouped([len(t.ids) for t in batch], MICRO_TOKENS):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bfloat16):
-                loss = supervised_loss(model, part) / trained
+                loss = supervised_loss(model, [batch[i] for i in part]) / trained
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -65,6 +65,8 @@ def make_allocator(
     Raises:
         ValueError: The name is unknown, or the method cannot do with the predictor or the config.
     """
+    if isinstance(predictor, str):
+        raise ValueError(f"predictor must be an object, such as make_predictor({predictor!r}), got a name")
     if name not in METHODS:
         raise ValueError(f"unknown allocator {name!r}; known: {', '.join(METHODS)}")
     return METHODS[name](predictor or HiddenStatePredictor(0), group_size, config)

@@ -114,7 +114,8 @@ class CostModel:
         self._clock += 1
         for i in np.flatnonzero(is_root).tolist():
             total, count = self._prompt(trees[i].key)
-            self._prompts[trees[i].key] = (total + weight[i] * tokens[i] / mean[i], count + weight[i], self._clock)
+            relative = float(weight[i] * tokens[i] / mean[i])
+            self._prompts[trees[i].key] = (total + relative, count + float(weight[i]), self._clock)
         self.ready = True
         return report
 

@@ -47,12 +47,14 @@ class _Account:
         open: Its rollouts that are queued or running.
         continuations: Continuations that it may still spend.
         waves: Waves of continuations that were planned.
+        phase: Plannings that gave it rollouts so far; see `Tree.phases`.
     """
 
     roots: int = 0
     open: int = 0
     continuations: int = 0
     waves: int = 0
+    phase: int = 0
 
 
 class Scheduler:
@@ -231,9 +233,12 @@ class Scheduler:
         account.continuations -= spent
         account.waves += 1
         for i, count in planned:
-            self._continuations.extend(self._job(tree, tree.nodes[i], "continuation") for _ in range(count))
+            self._continuations.extend(
+                self._job(tree, tree.nodes[i], "continuation", account.phase) for _ in range(count)
+            )
         account.open += spent
         if spent:
+            account.phase += 1
             self._ledger.prefix_waves = max(self._ledger.prefix_waves, account.waves)
             return
         most = self._allocator.max_rollouts(tree)
@@ -244,14 +249,14 @@ class Scheduler:
         self._ledger.unspent += budget - leftover
 
     def _add_roots(self, tree: Tree, count: int) -> None:
-        self._roots.extend(self._job(tree, tree.root, "root") for _ in range(count))
-        self._accounts[tree.index].open += count
+        account = self._accounts[tree.index]
+        self._roots.extend(self._job(tree, tree.root, "root", account.phase) for _ in range(count))
+        account.open += count
+        account.phase += count > 0
 
     @staticmethod
-    def _job(tree: Tree, node: Node, origin: Origin) -> Job:
-        job = Job(tree, node, origin, tree.num_rollouts)
-        tree.num_rollouts += 1
-        return job
+    def _job(tree: Tree, node: Node, origin: Origin, phase: int) -> Job:
+        return Job(tree, node, origin, tree.plan(phase))
 
     def _close(self) -> None:
         """Settles what enters the loss."""

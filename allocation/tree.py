@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from trace_envs.slots import Slots
 
 Origin = Literal["root", "continuation"]
-FORMAT_VERSION = 1
 TIMED_OUT = {"timed_out": 1.0}
 """Components of the outcome of a rollout that was ended because its environment did not answer in time."""
 
@@ -147,6 +146,9 @@ class Tree:
         rollout_seeds: By number of a rollout, the seed that was given when its anchor was restored: what was random in it is
             a function of this seed. `None` for one that has not begun.
         num_rollouts: Rollouts planned so far, root rollouts and continuations together.
+        phases: By number of a rollout, when it was decided on: 0 before anything of this batch was seen, and one more for each
+            planning that saw the outcomes of the phases before it. A tree that no scheduler planned has one phase of root
+            rollouts and one of continuations.
         loss_weight: What the tree counts in the loss; 1 is its even share, 0 leaves it out (`Allocator.loss_weights`).
         finished: Whether all of them have ended and none will be added; what was kept to branch the tree may go then.
     """
@@ -169,6 +171,7 @@ class Tree:
         self.rollout_seeds: list[int | None] = []
         self.nodes: list[Node] = [Node(0, None, 0, "root", -1, observation=observation)]
         self.num_rollouts = 0
+        self._phases: list[int] | None = None
         self.loss_weight = 1.0
         self.finished = False
 
@@ -176,6 +179,22 @@ class Tree:
     def root(self) -> Node:
         """The prompt."""
         return self.nodes[0]
+
+    @property
+    def phases(self) -> Sequence[int]:
+        """By number of a rollout, when it was decided on; see the class."""
+        if self._phases is not None:
+            return self._phases
+        origins = {n.rollout: n.origin for n in reversed(self.nodes[1:])}
+        return [int(origins.get(number) == "continuation") for number in range(1 + max(origins, default=-1))]
+
+    def plan(self, phase: int) -> int:
+        """Counts one more rollout, decided on in the given phase, and returns its number."""
+        if self._phases is None:
+            self._phases = []
+        self._phases.append(phase)
+        self.num_rollouts += 1
+        return self.num_rollouts - 1
 
     def add(
         self,
@@ -348,54 +367,3 @@ class Forest:
         counts = [tree.outcome_counts(origin) for tree in self.trees]
         counts = [c for c in counts if sum(c)]
         return sum(s > 0 and f > 0 for s, f in counts) / len(counts) if counts else 0.0
-
-
-def _text(value: Any) -> str:
-    """Returns a text as it is and anything else as its `repr`; a number of NumPy's looks like any other."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    return value if isinstance(value, str) else repr(value)
-
-
-def tree_record(tree: Tree, advantages: np.ndarray | None = None) -> dict[str, Any]:
-    """Returns a tree as plain data for `trees.jsonl` (texts and figures; no token ids, no states).
-
-    Args:
-        tree: The tree.
-        advantages: Advantage of the edge into each node, float [nodes].
-    """
-    values, weights = tree.values(), tree.weights()
-
-    def number(x: float | None) -> float | None:
-        return None if x is None or not np.isfinite(x) else round(float(x), 4)
-
-    nodes = [
-        {
-            "id": n.id,
-            "parent": n.parent,
-            "depth": n.depth,
-            "origin": n.origin,
-            "rollout": n.rollout,
-            "action": _text(n.action),
-            "observation": _text(n.observation),
-            "predicted": number(n.predicted),
-            "value": number(values[n.id]),
-            "weight": number(weights[n.id]),
-            "advantage": None if advantages is None or n.parent is None else number(advantages[n.id]),
-            "reward": number(n.reward),
-            "is_correct": n.is_correct,
-            "terminated": n.terminated,
-            "truncated": n.truncated,
-            "tool_error": n.tool_error,
-            "tokens": 0 if n.sample is None else len(n.sample.action_ids),
-        }
-        for n in tree.nodes
-    ]
-    return {
-        "version": FORMAT_VERSION,
-        "tree": tree.index,
-        "task_id": tree.key,
-        **tree.info,
-        "predicted": number(tree.root.predicted),
-        "nodes": nodes,
-    }

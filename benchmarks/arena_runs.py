@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from agents.advantages import EdgeCredit, get_estimator
-from agents.losses import edge_coefficients
+from agents.advantages import estimate
+from agents.aggregation import edge_coefficients
 from allocation import Forest, Node, Predictor, Tree, make_predictor
 from allocation.allocators import METHODS, Allocator, TraceAllocator, make_allocator
 from allocation.arena import measures
 from allocation.arena.recorded import RecordedWorld
 from allocation.arena.worlds import replay
+from allocation.forest_table import ForestTable
 from allocation.methods.oracle import OracleAllocator, TrueValues
 
 PAIR_DEPTHS = 8
@@ -35,8 +36,8 @@ class Protocol:
         group_size: Rollouts of a prompt, for methods with groups of a fixed size.
         warmup: Batches before those that count; the method learns from all of them.
         batches: Batches that count.
-        estimator: Advantages: `tree`, `grpo` (without a standard deviation), or `auto`: `tree` for methods that plan
-            continuations and `grpo` for all others.
+        estimator: A name of `ESTIMATORS` (without a standard deviation), or `auto`: `tree` for methods that plan continuations
+            and `grpo` for all others.
         held_out: Measure on prompts that the method has never learned from: the warm-up draws from one half of them, and the
             batches that count from the other half, without `Allocator.update`.
         predictor: A name of `PREDICTORS`, for methods that need one. A record has no texts and no log-probabilities: a
@@ -127,20 +128,15 @@ def estimator_of(allocator: Allocator, protocol: Protocol) -> str:
     return "tree" if allocator.root_budget(protocol.budget) < protocol.budget else "grpo"
 
 
-def credits_of(forest: Forest, estimator: str) -> list[EdgeCredit]:
-    """Returns what the loss is told of each tree; never divided by a standard deviation."""
-    credit = get_estimator(estimator)
-    return [credit(tree, std=False) for tree in forest]
+def edge_weights(forest: Forest, estimator: str) -> np.ndarray:
+    """Returns what the score of each edge counts in the policy gradient, float64 [nodes of all trees].
 
-
-def edge_weights(forest: Forest, estimator: str) -> list[np.ndarray]:
-    """Returns what the score of each edge counts in the policy gradient, float64 [nodes] for each tree.
-
-    That is the coefficient of one of its tokens times its advantage: the gradient of the loss at a ratio of 1.
+    That is the coefficient of one of its tokens times its advantage: the gradient of the loss at a ratio of 1. Advantages are
+    not divided by a standard deviation.
     """
-    credits = credits_of(forest, estimator)
-    coefficients = edge_coefficients(forest, credits, "prompt")
-    return [c * credit.advantage for c, credit in zip(coefficients, credits, strict=True)]
+    table = ForestTable.of(forest)
+    credit = estimate(table, estimator)
+    return edge_coefficients(table, credit, "prompt") * credit.advantage
 
 
 def measure(world: RecordedWorld, forest: Forest, candidates: Sequence[Tree], estimator: str) -> dict[str, float]:
@@ -151,7 +147,7 @@ def measure(world: RecordedWorld, forest: Forest, candidates: Sequence[Tree], es
     weights = edge_weights(forest, estimator)
     rows = np.concatenate([world.edge_rows(tree) for tree in forest])
     sampled = rows >= 0
-    gradient = measures.gradient_figures(world.scores, rows[sampled], np.concatenate(weights)[sampled])
+    gradient = measures.gradient_figures(world.scores, rows[sampled], weights[sampled])
     rollouts = ledger.root_rollouts + ledger.continuations
     figures = {
         "rollouts": float(rollouts),

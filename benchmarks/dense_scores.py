@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.learner import LogProbs, micro_batches
+from agents.layout import MicroBatch, grouped
+from agents.scoring import Scorer as TokenScorer
 from allocation import Node, Tree
 
 
@@ -47,6 +48,17 @@ def path_ids(tree: Tree, node: Node) -> tuple[np.ndarray, list[np.ndarray]]:
     return np.concatenate(parts), positions
 
 
+def _rows(batch: Sequence[Weighted]) -> MicroBatch:
+    ids = np.zeros((len(batch), max(len(s.ids) for s in batch)), dtype=np.int64)
+    for i, sequence in enumerate(batch):
+        ids[i, : len(sequence.ids)] = sequence.ids
+    row = np.repeat(np.arange(len(batch)), [len(s.positions) for s in batch])
+    before = np.concatenate([s.positions for s in batch]) - 1
+    nothing = np.zeros(0, dtype=np.int64)
+    positions = np.tile(np.arange(ids.shape[1]), (len(batch), 1))
+    return MicroBatch(ids, positions, None, row, before, np.arange(len(row)), nothing, nothing, nothing)
+
+
 class Scorer:
     """Gradients with respect to all weights of a model, as one vector each.
 
@@ -59,21 +71,18 @@ class Scorer:
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.size = sum(p.numel() for p in self.parameters)
-        self._logprobs = LogProbs(model)
+        self._tokens = TokenScorer(model)
         self._micro_tokens = micro_tokens
 
     def gradient(self, sequences: Sequence[Weighted]) -> torch.Tensor:
         """Returns the gradient of the weighted sum of the sequences' log-probs, float32 [size]."""
         self.model.zero_grad(set_to_none=True)
-        for batch in micro_batches(sequences, self._micro_tokens):
-            ids = torch.zeros(len(batch), max(len(s.ids) for s in batch), dtype=torch.int64)
-            for i, sequence in enumerate(batch):
-                ids[i, : len(sequence.ids)] = torch.from_numpy(sequence.ids)
-            rows = np.repeat(np.arange(len(batch)), [len(s.positions) for s in batch])
-            positions = np.concatenate([s.positions for s in batch])
+        for group in grouped([len(s.ids) for s in sequences], self._micro_tokens):
+            batch = [sequences[i] for i in group]
+            micro = _rows(batch)
+            scored = torch.from_numpy(micro.ids[micro.row, micro.before + 1])
             weights = np.repeat([s.weight for s in batch], [len(s.positions) for s in batch]).astype(np.float32)
-            logprobs = self._logprobs(ids, torch.from_numpy(rows), torch.from_numpy(positions), 1.0)
-            (logprobs * torch.from_numpy(weights)).sum().backward()
+            (self._tokens(micro, scored).logprobs * torch.from_numpy(weights)).sum().backward()
         return self._collect()
 
     def score(self, ids: np.ndarray, positions: np.ndarray) -> tuple[torch.Tensor, float]:

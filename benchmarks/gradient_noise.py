@@ -18,12 +18,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from agents.advantages import get_estimator
 from agents.evaluate import make_vector
-from agents.learner import policy_step
+from agents.learner import Learner
+from agents.learner_config import LearnerConfig
 from agents.models import load_model
 from agents.policies import TransformersPolicy, collect
-from agents.trainer import TaskDeck
+from agents.tasks import TaskDeck
 from allocation import HiddenStatePredictor, TreeAllocationWrapper, make_allocator
 from benchmarks import config_of
 
@@ -76,18 +76,16 @@ def main(args: Args) -> None:
         roots=TaskDeck(envs.envs[0].unwrapped.task_ids()),  # type: ignore[attr-defined]
         encode=policy.encode,
     )
-    credit = get_estimator(args.estimator)
+    learner = Learner(model, LearnerConfig(estimator=args.estimator, max_grad_norm=float("inf")), updates=1)
     # A step of size 0 leaves the weights and the gradient where they are.
-    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    learner.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     names = [name for name, _ in model.named_parameters()]
     rows: list[list[torch.Tensor]] = []
     for number in range(args.warmup + (4 if args.quick else args.batches)):
         forest = collect(wrapper, policy, seed=args.seed + number)
         allocator.update(forest)
         if number >= args.warmup:
-            policy_step(
-                model, still, forest, [credit(t) for t in forest], max_grad_norm=float("inf"), micro_tokens=4096
-            )
+            learner.update(forest)
             rows.append([p.grad.flatten().clone() for p in model.parameters()])
     groups: dict[str, list[int]] = {"all": list(range(len(names)))}
     for i, name in enumerate(names):

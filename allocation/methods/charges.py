@@ -259,7 +259,7 @@ class Charges:
         report = self.costs.update(forest) if self._learning else {}
         if self.config.reweight != "none":
             report |= weight_report(np.array([tree.loss_weight for tree in forest]))
-        self._bills, self._weights = {}, {}
+        self._bills, self._weights, self._root_tokens = {}, {}, None  # of this batch alone, so no part of the state
         return report
 
     def state_dict(self) -> dict[str, Any]:

@@ -186,13 +186,14 @@ class PredictedAllocator(Allocator):
             setattr(self, name, kappa)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the predictor, the beliefs and the weights."""
+        """Returns the predictor, the beliefs, the weights and the number of fallbacks."""
         return {
             "predictor": self.predictor.state_dict(),
             "beliefs": self.beliefs.state_dict(),
             "base": self.base.state_dict(),
             "kappa": self.kappa,
             "prefix_kappa": self.prefix_kappa,
+            "fallbacks": self.fallbacks,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -201,3 +202,4 @@ class PredictedAllocator(Allocator):
         self.beliefs.load_state_dict(state["beliefs"])
         self.base.load_state_dict(state["base"])
         self.kappa, self.prefix_kappa = float(state["kappa"]), float(state["prefix_kappa"])
+        self.fallbacks = int(state["fallbacks"])

@@ -10,6 +10,7 @@ from tiny_record import TinyPolicy, record
 from allocation.allocators import METHODS
 from allocation.arena.recorded import RecordedWorld
 from allocation.arena.worlds import replay
+from allocation.forest_table import ForestTable
 from benchmarks import arena, arena_runs, arena_show
 from benchmarks.arena_check import Bar
 from benchmarks.arena_runs import Protocol
@@ -45,7 +46,8 @@ def ran(path, tmp_path_factory):
 def full_gradient(policy, world, forest, estimator):
     dense, total = world.dense, np.zeros(policy.dim)
     paths = {-1: ()}
-    for tree, weights in zip(forest, arena_runs.edge_weights(forest, estimator), strict=True):
+    weights_of = ForestTable.of(forest).per_tree(arena_runs.edge_weights(forest, estimator))
+    for tree, weights in zip(forest, weights_of, strict=True):
         for node in tree.nodes[1:]:
             before, prompt = [], tree.prompt
             i = node.action

@@ -1,197 +1,225 @@
+"""Which checkpoints are kept, which are refused and why, and which one a run goes on from."""
+
+import hashlib
 import json
-import os
+import logging
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from saved import flip, names, save
 
-import agents.checkpoint
-from agents.checkpoint import CheckpointError, _flatten, _restore, list_checkpoints, load_checkpoint, save_checkpoint
+from agents.checkpoint import (
+    FORMAT_VERSION,
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+)
+from agents.manifest import ManifestError, check_files, read_manifest, write_manifest
 from agents.models import load_model
 
 
-class Saved:
-    """Something with `save_pretrained`."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def save_pretrained(self, directory):
-        os.makedirs(directory, exist_ok=True)
-        with open(os.path.join(directory, self.name), "w") as file:
-            file.write("x")
-
-
-def save(directory, update, state=None, keep=2):
-    return save_checkpoint(directory, update, Saved("model.safetensors"), Saved("tok.json"), state or {}, keep=keep)
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, np.ndarray):
-        return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
-
-
-@st.composite
-def arrays(draw):
-    dtype = draw(st.sampled_from(["float32", "float64", "int64", "int32", "uint8", "bool"]))
-    array = np.random.default_rng(draw(st.integers(0, 99))).normal(size=draw(st.lists(st.integers(0, 3), max_size=3)))
-    array = np.asarray(array * 9).astype(dtype)
-    if draw(st.booleans()):
-        array = array.T
-    return torch.from_numpy(array.copy()) if draw(st.booleans()) else array
-
-
-plain = st.none() | st.booleans() | st.integers(-(2**130), 2**130) | st.floats(allow_nan=False) | st.text(max_size=5)
-keys = st.text(alphabet="ab/_0é", max_size=4) | st.integers(-3, 3)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.recursive(
-        plain | arrays(),
-        lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(keys, inner, max_size=4),
-        max_leaves=8,
-    )
-)
-@example({"a/b": np.ones(2), "a": {"b": np.zeros(2)}})
-@example({1: np.ones(2), "1": np.zeros(2)})
-def test_nested_states_come_back(state):
-    tensors = {}
-    text = json.dumps(_flatten(state, "", tensors))
-    assert same(state, _restore(json.loads(text), tensors))
-
-
-def test_a_checkpoint_holds_all_of_a_state(tmp_path):
-    rng = np.random.default_rng(3)
-    shared = torch.arange(4.0)
-    state = {
-        "rng": rng.bit_generator.state,
-        "state": {0: {"step": torch.tensor(3.0), "exp_avg": shared[:2]}, 1: {"step": np.array(4.0)}},
-        "betas": (0.9, 0.999),
-        "view": np.arange(6).reshape(2, 3).T,
-        "again": shared,
-        "numpy": np.float64(0.1),
-        "sampling": torch.Generator().manual_seed(1).get_state(),
-    }
-    path = save(tmp_path / "checkpoints", 12, state)
-    assert path.name == "update-000012" and {"model.safetensors", "tok.json"} <= {p.name for p in path.iterdir()}
-    update, loaded = load_checkpoint(path)
-    assert update == 12 and same(state | {"betas": [0.9, 0.999], "numpy": 0.1}, loaded)
-    other = np.random.default_rng(0)
-    other.bit_generator.state = loaded["rng"]
-    assert other.random() == rng.random()
-
-
-def test_what_cannot_be_kept_is_named(tmp_path):
-    with pytest.raises(TypeError, match="/a/1 holds a set, which a checkpoint cannot keep"):
-        save(tmp_path, 1, {"a": [0, {1}]})
-    assert list_checkpoints(tmp_path) == []
-
-
-@pytest.mark.parametrize("point", ["os.replace", "save_file", "_sync"])
-def test_a_crash_while_writing_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, point):
-    def crash(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    first = save(tmp_path, 1, {"x": np.ones(3)})
-    with monkeypatch.context() as patch:
-        patch.setattr(agents.checkpoint.os if point == "os.replace" else agents.checkpoint, point.split(".")[-1], crash)
-        with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, 2, {"x": np.zeros(3)})
-    assert list_checkpoints(tmp_path) == [first] and load_checkpoint(first)[0] == 1
-    second = save(tmp_path, 2, {"x": np.zeros(3)})
-    assert list_checkpoints(tmp_path) == [first, second] and {p.name for p in tmp_path.iterdir()} == {
-        p.name for p in (first, second)
-    }
-    assert load_checkpoint(second)[1]["x"].tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize("renames", [0, 1])
-def test_a_crash_while_replacing_a_checkpoint_leaves_it(tmp_path, monkeypatch, renames):
-    real, calls = os.replace, []
-
-    def crash(*args):
-        if len(calls) == renames:
-            raise KeyboardInterrupt
-        calls.append(args)
-        real(*args)
-
-    only = save(tmp_path, 4, {"x": 1})
-    with monkeypatch.context() as patch:
-        patch.setattr(agents.checkpoint.os, "replace", crash)
-        with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, 4, {"x": 2})
-    assert list_checkpoints(tmp_path) == [only] and load_checkpoint(only) == (4, {"x": 1})
-    # What the crash left is swept up by the next save, whichever update it is of.
-    later = save(tmp_path, 5, {"x": 3})
-    assert {p.name for p in tmp_path.iterdir()} == {only.name, later.name}
-
-
 def test_the_last_few_are_kept(tmp_path):
-    for update in (1, 2, 3, 10):
+    for update in (1, 2, 3, 10, 1_000_000):
         save(tmp_path, update, keep=3)
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["update-000002", "update-000003", "update-000010"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["update-000003", "update-000010", "update-1000000"]
+    assert load_latest(tmp_path, "run").update == 1_000_000
     assert list_checkpoints(tmp_path / "nowhere") == []
 
 
 def test_writing_an_update_again_replaces_it(tmp_path):
     save(tmp_path, 5, {"x": 1})
-    assert load_checkpoint(save(tmp_path, 5, {"x": 2})) == (5, {"x": 2})
+    assert load_checkpoint(save(tmp_path, 5, {"x": 2})).state == {"x": 2}
+    assert names(tmp_path) == {"update-000005"}
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-9])
+# What is refused.
 
 
+def files_of(path):
+    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+
+
+FILES = [
+    "manifest.json",
+    "manifest.sha256",
+    "model.safetensors",
+    "more/model.safetensors",
+    "more/tok.json",
+    "tok.json",
+    "trainer.json",
+    "trainer.safetensors",
+]
 DAMAGE = {
-    "cut state": lambda d: cut(d / "trainer.json"),
-    "cut tensors": lambda d: cut(d / "trainer.safetensors"),
-    "empty tensors": lambda d: (d / "trainer.safetensors").write_bytes(b""),
-    "no state": lambda d: (d / "trainer.json").unlink(),
-    "no tensors": lambda d: (d / "trainer.safetensors").unlink(),
-    "not text": lambda d: (d / "trainer.json").write_bytes(b"\xff\xfe\x00"),
-    "a list": lambda d: (d / "trainer.json").write_text("[]"),
-    "a part": lambda d: (d / "trainer.json").write_text('{"version": 1}'),
-    "a tensor missing": lambda d: save_file(
-        dict(list(load_file(d / "trainer.safetensors").items())[1:]), d / "trainer.safetensors"
-    ),
+    "altered": lambda file, other: flip(file),
+    "cut short": lambda file, other: file.write_bytes(file.read_bytes()[:-1]),
+    "empty": lambda file, other: file.write_bytes(b""),
+    "longer": lambda file, other: file.write_bytes(file.read_bytes() + b" "),
+    "missing": lambda file, other: file.unlink(),
+    "of another run": lambda file, other: shutil.copyfile(other, file),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_reported_with_the_name_of_the_checkpoint(tmp_path, damage):
-    path = save(tmp_path, 7, {"x": np.ones(50), "y": np.zeros(3)})
-    DAMAGE[damage](path)
-    with pytest.raises(CheckpointError, match=r"update-000007 cannot be read.*remove it to use an earlier one"):
-        load_checkpoint(path)
+@pytest.mark.parametrize("name", FILES)
+def test_any_damage_to_any_file_is_refused_by_name_and_the_one_before_is_used(tmp_path, caplog, name, damage):
+    first = save(tmp_path / "one", 3, {"x": np.ones(50)})
+    later = save(tmp_path / "one", 6, {"x": np.zeros(50)})
+    other = save(tmp_path / "two", 6, {"x": np.full(50, 2.0), "y": 1}, fingerprint="other")
+    assert files_of(later) == FILES
+    DAMAGE[damage](later / name, other / name)
+    with caplog.at_level(logging.WARNING):
+        loaded = load_latest(tmp_path / "one", "run")
+    # The tokenizer of both runs is the same, so a copy of it is no damage.
+    harmless = damage == "of another run" and name.endswith("tok.json")
+    assert loaded.path == (later if harmless else first)
+    if harmless:
+        assert not caplog.records
+        return
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "going on from update-000003 instead" in record.message
+    assert str(later) in record.message
+    assert (name if not name.startswith("manifest") else "manifest.") in record.message
+    assert later.exists(), "a refused checkpoint is kept"
 
 
-def test_another_version_is_refused(tmp_path):
-    path = save(tmp_path, 7)
-    record = json.loads((path / "trainer.json").read_text())
-    (path / "trainer.json").write_text(json.dumps(record | {"version": 99}))
-    with pytest.raises(CheckpointError, match="update-000007 has version 99, this release reads version 1"):
-        load_checkpoint(path)
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
+    path = save(tmp_path, 1, {"x": np.ones(3)})
+    for name in ("manifest.json", "manifest.sha256", "trainer.json"):
+        whole = (path / name).read_bytes()
+        for i in range(0, 8 * len(whole), 3):
+            data = bytearray(whole)
+            data[i // 8] ^= 1 << (i % 8)
+            (path / name).write_bytes(bytes(data))
+            with pytest.raises(CheckpointError, match="update-000001 is refused"):
+                load_checkpoint(path, "run")
+        (path / name).write_bytes(whole)
+    load_checkpoint(path, "run")
+
+
+def rewritten(path, **header):
+    """Gives a checkpoint a whole manifest that says something else."""
+    write_manifest(path, dict(read_manifest(path).header) | header)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda p: rewritten(p, version=99), f"it has version 99, this release reads version {FORMAT_VERSION}"),
+        (lambda p: rewritten(p, fingerprint="z"), "it is of another run: its settings have the digest 'z'"),
+        (lambda p: rewritten(p, update=5), "it is of update 5, so it was renamed"),
+        (
+            lambda p: (p / "adapter_config.json").write_text("{}"),
+            "its file adapter_config.json is not in manifest.json",
+        ),
+        (lambda p: [f.unlink() for f in p.rglob("manifest*")], "it has no manifest.json"),
+        (lambda p: [shutil.rmtree(p), p.mkdir()], "it has no manifest.json"),
+        (lambda p: [(p / "trainer.json").write_text("[1"), rewritten(p)], "Expecting"),
+        (
+            lambda p: [(p / "trainer.json").write_text('{"x": {"__tensor__": "9:/x"}}'), rewritten(p)],
+            "9:/x' is missing",
+        ),
+        (lambda p: [(p / "trainer.safetensors").write_bytes(b"{}"), rewritten(p)], "header"),
+    ],
+)
+def test_versions_runs_and_contents_are_checked(tmp_path, caplog, change, reason):
+    first, later = save(tmp_path, 1, {"x": np.ones(3)}), save(tmp_path, 2, {"x": np.zeros(3)})
+    change(later)
+    with caplog.at_level(logging.WARNING):
+        assert load_latest(tmp_path, "run").path == first
+    (record,) = caplog.records
+    assert f"{later} is refused: " in record.message and reason in record.message
+
+
+def test_if_none_can_be_used_each_is_listed(tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint in .*; start the run anew, without --resume"):
+        load_latest(tmp_path, "run")
+    first, later = save(tmp_path, 1), save(tmp_path, 2, fingerprint="other")
+    (first / "tok.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        load_latest(tmp_path, "run")
+    text = str(caught.value)
+    assert text.startswith("no checkpoint can be used: ")
+    assert text.index(f"{later} is refused: it is of another run") < text.index(
+        f"{first} is refused: its file tok.json"
+    )
+
+
+def test_damaged_checkpoints_neither_count_nor_are_removed(tmp_path):
+    for update in (1, 2, 3, 4):
+        save(tmp_path, update, keep=4)
+    flip(tmp_path / "update-000003" / "trainer.json")
+    flip(tmp_path / "update-000004" / "trainer.json")
+    save(tmp_path, 5, keep=2)
+    assert names(tmp_path) == {f"update-00000{i}" for i in (2, 3, 4, 5)}
+    flip(tmp_path / "update-000005" / "trainer.json")
+    assert load_latest(tmp_path, "run").update == 2
+    save(tmp_path, 3, keep=1)
+    assert load_latest(tmp_path, "run").update == 3
+
+
+def test_a_refused_checkpoint_that_is_in_the_way_is_kept_under_another_name(tmp_path, caplog):
+    for number in (1, 2):
+        path = save(tmp_path, 6, {"x": number})
+        flip(path / "trainer.json")
+        spoiled = (path / "trainer.json").read_bytes()
+        with caplog.at_level(logging.WARNING):
+            save(tmp_path, 6, {"x": 3})
+        assert f"{path} cannot be used; it makes room for a new one and is kept as" in caplog.records[-1].message
+        assert (tmp_path / f"refused-update-000006-{number}" / "trainer.json").read_bytes() == spoiled
+        assert load_latest(tmp_path, "run").state == {"x": 3}
+    foreign = save(tmp_path, 6, {"x": 4}, fingerprint="other")
+    assert load_checkpoint(foreign).state == {"x": 4} and (tmp_path / "refused-update-000006-3").exists()
+
+
+# The folder.
+
+
+def test_a_manifest_can_be_checked_by_other_tools(tmp_path):
+    path = save(tmp_path, 1)
+    digest, name = (path / "manifest.sha256").read_text().split()
+    assert name == "manifest.json" and hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
+    record = json.loads((path / name).read_text())
+    assert record["header"] == {"version": FORMAT_VERSION, "update": 1, "fingerprint": "run"}
+    entry = record["files"]["more/tok.json"]
+    assert entry == {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"header": {}}', '{"header": {}, "files": {"a": 1}}', "{"])
+def test_a_manifest_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    (tmp_path / "manifest.sha256").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  manifest.json\n")
+    with pytest.raises(ManifestError, match="is no manifest"):
+        read_manifest(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_no_crash(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = read_manifest(path)
+    (path / "tok.json").unlink()
+    (path / "tok.json").symlink_to("nowhere")
+    with pytest.raises(ManifestError, match=r"its files cannot be read .*tok\.json"):
+        check_files(path, manifest)
 
 
 def test_a_model_comes_back_and_a_cut_one_is_named(model, tokenizer, tmp_path):
-    path = save_checkpoint(tmp_path, 1, model, tokenizer, {"x": 1})
+    path = save_checkpoint(tmp_path, 1, model, tokenizer, {"x": 1}, fingerprint="run")
     loaded, words = load_model(str(path))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     assert words.chat_template == tokenizer.chat_template and words.encode("Say a b") == tokenizer.encode("Say a b")
-    cut(path / "model.safetensors")
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(path) not in maps.read_text(), "the weights still lie in the file"
+    assert all(p.data_ptr() % 64 == 0 for p in loaded.parameters())
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"update-000001.*model\.safetensors"):
         load_model(str(path))
+    with pytest.raises(CheckpointError, match=r"update-000001 is refused: its file model\.safetensors has"):
+        load_latest(tmp_path, "run")
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from agents.advantages import get_estimator
-from agents.losses import Clip, clipped_policy_loss
+from agents.advantages import CreditConfig, estimate
+from agents.losses import Clip, policy_loss
 from allocation import MeanPredictor, TreeAllocationWrapper
+from allocation.forest_table import ForestTable
 
 UPDATES, EPOCHS = 40, 4
 
@@ -37,15 +38,15 @@ def collect(envs, logits, generator, seed):
     return envs.forest, sampled
 
 
-def batch(forest, sampled, credit):
-    """One row for each edge: where it started, its action, its old log-probability, its advantage and its coefficient."""
-    rows = []
-    for tree in forest:
-        given = credit(tree)
-        for node in tree.nodes[1:]:
-            state, action = int(tree.nodes[node.parent].observation), int(node.action)
-            old = sampled[tree.index, node.rollout, node.depth]
-            rows.append((state, action, old, given.advantage[node.id], given.weight[node.id] / len(forest)))
+def batch(forest, sampled, estimator):
+    """One row for each edge: start, action, old log-probability, both parts of the advantage, coefficient."""
+    table = ForestTable.of(forest)
+    credit, rows = estimate(table, estimator, CreditConfig(advantage_std=estimator == "grpo")), []
+    for row in np.flatnonzero(~table.is_root):
+        tree, node = table.trees[table.tree[row]], table.node(row)
+        state, action = int(tree.nodes[node.parent].observation), int(node.action)
+        old = sampled[tree.index, node.rollout, node.depth]
+        rows.append((state, action, old, credit.up[row], credit.down[row], credit.weight[row] / len(forest)))
     states, actions, *rest = zip(*rows, strict=True)
     return torch.tensor(states), torch.tensor(actions), *(torch.tensor(x, dtype=torch.float32) for x in rest)
 
@@ -71,7 +72,6 @@ def test_a_policy_learns_a_sparse_frozen_lake(allocator, estimator):
     logits = torch.zeros(16, 4, requires_grad=True)
     optimiser = torch.optim.Adam([logits], lr=0.1)
     generator = torch.Generator().manual_seed(0)
-    credit = get_estimator(estimator)
     envs = TreeAllocationWrapper(
         lakes(16),
         allocator=allocator,
@@ -85,10 +85,10 @@ def test_a_policy_learns_a_sparse_frozen_lake(allocator, estimator):
         forest, sampled = collect(envs, logits.detach(), generator, seed=update)
         envs.allocator.update(forest)
         continuations += forest.ledger.continuations
-        states, actions, old, advantages, coefficients = batch(forest, sampled, credit)
+        states, actions, old, up, down, coefficients = batch(forest, sampled, estimator)
         for _ in range(EPOCHS):
             logprobs = torch.log_softmax(logits, -1)[states, actions]
-            loss, _ = clipped_policy_loss(logprobs, old, advantages, coefficients, Clip())
+            loss, _ = policy_loss(logprobs, old, up, down, coefficients, Clip())
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

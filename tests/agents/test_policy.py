@@ -6,11 +6,14 @@ import torch
 from echo_env import echo_forest, echo_wrapper
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from agents.advantages import EdgeCredit, tree_credit
-from agents.learner import policy_step, rows_of
+from agents.flat import flat_layout
+from agents.learner import Learner
+from agents.learner_config import LearnerConfig
 from agents.policies import TransformersPolicy, collect
 from agents.policies.chat import ChatCodec, ChatTemplateError, new_messages
+from agents.tokens import EdgeTokens
 from allocation import Context, HiddenStatePredictor, TraceAllocator, TraceConfig, TreeAllocationWrapper
+from allocation.forest_table import ForestTable
 from trace_envs.multihop_qa import MultiHopQAEnv
 from trace_envs.state import ToolCall
 
@@ -137,20 +140,21 @@ def test_encode_gives_the_hidden_state_of_prompts(model, tokenizer):
         np.testing.assert_allclose(context.tree.root.features, hidden, atol=1e-4)
 
 
-def test_the_learner_scores_the_ids_that_were_sampled(tokenizer, sampled):
-    for tree in sampled:
-        n = len(tree.nodes)
-        rows = list(rows_of(tree, EdgeCredit(np.arange(n) + 1.0, np.ones(n)), np.ones(n)))
-        scored = {}
-        for row, leaf in zip(rows, tree.leaves(), strict=True):
-            assert np.array_equal(row.ids, _path_ids(tree, leaf))
-            for position, old, advantage in zip(row.positions, row.old_logprobs, row.advantages, strict=True):
-                scored.setdefault(int(advantage) - 1, []).append((row.ids[position], old))
-        assert set(scored) == set(range(1, n)), "an edge is missing, or one was scored twice"
-        for i, tokens in scored.items():
-            ids, old = zip(*tokens, strict=True)
-            assert list(ids) == tree.nodes[i].sample.action_ids.tolist()
-            assert list(old) == tree.nodes[i].sample.logprobs.tolist()
+def test_the_learner_scores_the_ids_that_were_sampled(sampled):
+    table = ForestTable.of(sampled)
+    tokens = EdgeTokens.of(table, np.arange(len(table)))
+    prefix = {i: _path_ids(t, t.nodes[n.parent]) for i, (t, n) in zip(tokens.rows, edges(sampled), strict=True)}
+    seen = []
+    for micro in flat_layout(tokens, np.zeros(0, dtype=np.int64), 500).micro_batches:
+        for row, before, token in zip(micro.row, micro.before, micro.token, strict=True):
+            node, at = tokens.node[token], token - tokens.start[np.searchsorted(tokens.rows, tokens.node[token])]
+            sample = table.node(node).sample
+            assert micro.ids[row, before + 1] == tokens.ids[token] == sample.action_ids[at]
+            assert tokens.old_logprobs[token] == sample.logprobs[at]
+            context = np.concatenate([prefix[node], sample.action_ids[:at]])
+            assert np.array_equal(micro.ids[row, : before + 1], context)
+            seen.append(token)
+    assert sorted(seen) == list(range(len(tokens))), "a token is missing, or one is scored twice"
 
 
 def test_text_is_what_the_ids_say(tokenizer, sampled):
@@ -275,6 +279,7 @@ def test_prompts_and_paths_longer_than_the_model_end_in_empty_turns(make_model, 
         budget=16,
         encode=policy.encode,
     )
+    learner = Learner(model, LearnerConfig(lr=1e-3, gain_lr=1e-3), updates=9)
     for seed in range(2):
         forest = collect(envs, policy, seed=seed)
         cut = [(t, n) for t, n in edges(forest) if len(n.sample.action_ids) == 0]
@@ -285,9 +290,8 @@ def test_prompts_and_paths_longer_than_the_model_end_in_empty_turns(make_model, 
             else:
                 assert len(shown(tree, node)) >= limit
         envs.allocator.update(forest)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        figures = policy_step(model, optimizer, forest, [tree_credit(t) for t in forest])
-        assert np.isfinite(figures["loss/policy"])
+        figures = learner.update(forest).figures
+        assert figures["loss/policy"] != 0.0 and figures["learner/skipped"] == 0.0
         policy.reset_cache()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import sys
 import types
 from pathlib import Path
@@ -175,3 +177,128 @@ def test_trackers_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.Monk
         "finish",
     ]
     assert json.loads(log.metrics_path.read_text())["name"] == "y"
+
+
+def points(directory: Path, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory / "tensorboard")).Reload().Scalars(tag)
+    return [(event.step, round(event.value, 6)) for event in events]
+
+
+def test_what_is_kept_is_kept_byte_for_byte(tmp_path: Path) -> None:
+    lines = [
+        b'{"update":0,  "x": 1.50}\n',
+        b'{"update": 1, "t": "\\ud83d\xc3\xa9", "n": 1e400}\n',
+        b'{"x": 2, "update": 2}\n',
+    ]
+    for name in ("metrics.jsonl", "trees.jsonl"):
+        (tmp_path / name).write_bytes(b"\n".join(lines))
+    with RunLog(tmp_path, resume=True) as log:
+        log.truncate_after(1)
+    for name in ("metrics.jsonl", "trees.jsonl"):
+        assert (tmp_path / name).read_bytes() == b"".join(lines[:2])
+
+
+def test_an_evaluation_counts_as_of_the_update_that_it_came_after(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        for update in (1, 2, 3):
+            log.log({"update": update, "train/success": 0.5})
+            if update != 1:
+                log.log({"update": update, "eval/accuracy": 0.25})
+    with RunLog(tmp_path, resume=True) as log:
+        log.truncate_after(2)
+    assert [list(r) for r in read_jsonl(log.metrics_path)] == [
+        ["update", "train/success"],
+        ["update", "train/success"],
+        ["update", "eval/accuracy"],
+    ]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "trees.jsonl"])
+@pytest.mark.parametrize("line", [b'{"x": 1}', b'{"update": "2"}', b'{"update": true}', b"[1]", b"{"])
+def test_a_line_that_is_no_record_stops_a_truncation_before_anything_is_lost(
+    tmp_path: Path, name: str, line: bytes
+) -> None:
+    whole = b'{"update": 1}\n' + line + b'\n{"update": 3}\n'
+    for file in ("metrics.jsonl", "trees.jsonl"):
+        (tmp_path / file).write_bytes(whole if file == name else b'{"update": 1}\n{"update": 3}\n')
+    before = [(tmp_path / file).read_bytes() for file in ("metrics.jsonl", "trees.jsonl")]
+    with (
+        RunLog(tmp_path, resume=True) as log,
+        pytest.raises(DamagedLogError, match=rf"{name}, line 2: .*Delete or mend"),
+    ):
+        log.truncate_after(1)
+    assert [(tmp_path / file).read_bytes() for file in ("metrics.jsonl", "trees.jsonl")] == before
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_a_truncation_that_is_stopped_can_be_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    with RunLog(tmp_path) as log:
+        for update in range(5):
+            log.log({"update": update, "x": update})
+            log.log_tree({"update": update})
+    real, calls = os.replace, []
+
+    def stop(*paths: Any) -> None:
+        calls.append(paths)
+        if number == 2 * len(calls) - 2:
+            raise KeyboardInterrupt
+        real(*paths)
+        if number == 2 * len(calls) - 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, RunLog(tmp_path, resume=True) as log:
+        patch.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            log.truncate_after(2)
+    with RunLog(tmp_path, resume=True) as log:
+        log.truncate_after(2)
+    assert [r["update"] for r in read_jsonl(log.metrics_path)] == [0, 1, 2]
+    assert [r["update"] for r in read_jsonl(log.trees_path)] == [0, 1, 2] and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_kill_loses_no_point_of_a_record_that_is_kept(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            log = RunLog(tmp_path)
+            log.log({"update": 1, "train/success": 0.5})
+            log.log({"update": 1, "eval/accuracy": 0.25})
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [
+        {"update": 1, "train/success": 0.5},
+        {"update": 1, "eval/accuracy": 0.25},
+    ]
+    assert points(tmp_path, "train/success") == [(1, 0.5)] and points(tmp_path, "eval/accuracy") == [(1, 0.25)]
+
+
+def test_settings_are_whole_whenever_writing_them_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunLog(tmp_path, resume=True) as log:
+        log.write_config({"seed": 0})
+        for call in ("replace", "fsync"):
+            with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+                patch.setattr(os, call, full)
+                log.write_config({"seed": 1, "text": "x" * 1000})
+            assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"seed": 0}
+        log.write_config({"seed": 2})
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"seed": 2}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def full(*args: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_log_is_on_disk_once_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_ino))
+    with RunLog(tmp_path) as log:
+        log.log({"update": 1})
+        log.sync()
+    assert synced == [log.metrics_path.stat().st_ino, log.trees_path.stat().st_ino]

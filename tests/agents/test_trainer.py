@@ -16,10 +16,15 @@ import agents.evaluate
 from agents.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from agents.cli import main
 from agents.config import EnvConfig, TrainConfig, from_dict, load_config, resolve, to_dict
+from agents.figures import batch_figures
+from agents.learner import Learner
+from agents.manifest import read_manifest, write_manifest
 from agents.models import SHIPPED, load_model
 from agents.policies import collect
 from agents.runlog import RunLog, read_jsonl
-from agents.trainer import TaskDeck, Trainer, batch_figures
+from agents.state_file import read_state, write_state
+from agents.tasks import TaskDeck
+from agents.trainer import Trainer
 from allocation import TracePlusConfig, Tree
 
 DATA = Path(os.environ.get("TRACE_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
@@ -156,7 +161,7 @@ def test_an_interrupt_leaves_a_checkpoint_to_resume_from(config, monkeypatch, tm
     out = " ".join(capsys.readouterr().out.split())
     assert "interrupted after update 2" in out and "--resume" in out
     checkpoints = list_checkpoints(config.directory / "checkpoints")
-    assert load_checkpoint(checkpoints[-1])[0] == 2
+    assert load_checkpoint(checkpoints[-1]).update == 2
     assert main(["train", "--config", str(config.directory / "config.yaml"), "--resume"]) == 0
     assert metrics(config) == metrics(replace(config, name="whole"))
     assert torch.equal(weights(config), weights(replace(config, name="whole")))
@@ -170,8 +175,8 @@ def test_an_interrupt_in_the_middle_of_an_update_can_be_resumed_exactly(config, 
     whole = replace(config, name="whole")
     train(whole)
     calls = 0
-    name = "collect" if where == "sampling" else "policy_step"
-    real = getattr(agents.trainer, name)
+    owner, name = (agents.trainer, "collect") if where == "sampling" else (Learner, "update")
+    real = getattr(owner, name)
 
     def interrupted(*args, **kwargs):
         nonlocal calls
@@ -182,7 +187,7 @@ def test_an_interrupt_in_the_middle_of_an_update_can_be_resumed_exactly(config, 
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(agents.trainer, name, interrupted)
+        patch.setattr(owner, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     train(config, resume=True)
@@ -241,7 +246,7 @@ def test_a_run_stopped_in_an_evaluation_goes_on_exactly(config, monkeypatch, cap
     said = "interrupted: finishing this evaluation; its checkpoint is written; again to stop at once"
     assert (said in " ".join(capsys.readouterr().out.split())) == (what is ctrl_c)
     update = [0, 2, 3][number - 1]
-    assert load_checkpoint(list_checkpoints(config.directory / "checkpoints")[-1])[0] == update
+    assert load_checkpoint(list_checkpoints(config.directory / "checkpoints")[-1]).update == update
     assert [r["update"] for r in metrics(config) if "eval/accuracy" in r] == [0, 2, 3][
         : number - (what is stop_at_once)
     ]
@@ -289,10 +294,11 @@ def test_environments_and_log_are_closed_whatever_happens(config, monkeypatch):
     logs = []
     real = RunLog.close
     monkeypatch.setattr(RunLog, "close", lambda self: (logs.append(self), real(self))[1])
-    state = list_checkpoints(config.directory / "checkpoints")[-1] / "trainer.json"
-    record = json.loads(state.read_text())
-    del record["state"]["allocator"]
-    state.write_text(json.dumps(record))
+    last = list_checkpoints(config.directory / "checkpoints")[-1]
+    state = read_state(last)
+    del state["allocator"]
+    write_state(last, state)
+    write_manifest(last, read_manifest(last).header)
     with pytest.raises(CheckpointError, match=r"update-000001 does not fit the settings .*KeyError: 'allocator'"):
         Trainer(replace(config, updates=1), resume=True)
     assert logs and not opened
@@ -345,7 +351,7 @@ def one_line(capsys):
     ("setting", "message"),
     [
         ({"allocator": "tracy"}, "unknown allocator 'tracy'; known: grpo, "),
-        ({"estimator": "vapo"}, "unknown estimator 'vapo'; known: tree, grpo"),
+        ({"estimator": "vapo"}, "unknown estimator 'vapo'; known: gae, grpo"),
         ({"aggregation": "sum"}, "unknown aggregation 'sum'; known: prompt"),
         ({"model": "/no/such/folder"}, "/no/such/folder is no model folder"),
         ({"budget": 2}, "budget 2 is smaller than one group of m_min=4"),
@@ -357,13 +363,13 @@ def one_line(capsys):
         ({"lr_warmup": -1}, "lr_warmup must not be negative, got -1"),
         ({"threads": -1}, "threads must not be negative, got -1"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive, got 0.0"),
-        ({"lr_schedule": "cosine"}, "unknown lr_schedule 'cosine'; known: linear, constant"),
+        ({"lr_schedule": "step"}, "unknown lr_schedule 'step'; known: linear, cosine, constant"),
         ({"num_envs": 0}, "num_envs must be at least 1, got 0"),
         ({"device": "gpu"}, "device 'gpu' cannot be used here (Expected one of cpu, cuda"),
         ({"env_id": "Ecko-v0"}, "there is no environment 'Ecko-v0'; known: TraceMultiHopQA-v0"),
         ({"env_id": "CartPole-v1"}, "environment 'CartPole-v1' does not take argument 'split'"),
         ({"env": {"top_k": 3}}, "environment 'Echo-v0' does not take argument 'top_k'"),
-        ({"learning_rate": 1}, "unknown settings learning_rate; known: advantage_std, aggregation"),
+        ({"learning_rate": 1}, "unknown settings learning_rate; known: advantage_clip, advantage_std, aggregation"),
         ({"trace": {"N": 2}}, "trace: unknown settings N; known: band, cap_per_rollout"),
     ],
 )
@@ -482,7 +488,7 @@ def test_evaluate_asks_a_shipped_model_as_it_was_trained(monkeypatch, capsys):
 
 def test_nothing_to_resume_and_no_config(config, tmp_path, capsys):
     assert command(config, tmp_path, "--resume") == 2
-    assert "holds no checkpoint; start the run without --resume" in one_line(capsys)
+    assert "start the run anew, without --resume" in one_line(capsys)
     assert main(["train", "--config", str(tmp_path / "none.yaml")]) == 2
     assert "there is no file" in one_line(capsys)
     assert main(["tarin"]) == 2

@@ -22,11 +22,12 @@ from hooked_env import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.advantages import get_estimator
-from agents.losses import edge_coefficients
+from agents.advantages import estimate
+from agents.aggregation import edge_coefficients
 from allocation import AsyncRunner, HiddenStatePredictor, TreeAllocationWrapper, make_allocator
 from allocation.allocators import METHODS
 from allocation.arena.worlds import replay
+from allocation.forest_table import ForestTable
 from allocation.methods.adaptive import DAPOAllocator, ReinforceAdaAllocator
 from allocation.methods.curriculum import MoPPSAllocator, PCLAllocator, VIPAllocator, least_variance
 from allocation.methods.oracle import TrueValues
@@ -80,8 +81,9 @@ def test_outcomes_that_are_all_alike_stop_nothing(name):
     for heads in ([0.0] * 40, [1.0] * 40):
         forest = play(name, heads, 64)
         assert not forest.ledger.unspent
-        credits = [get_estimator("grpo")(tree) for tree in forest]
-        assert all(np.isfinite(c).all() for c in edge_coefficients(forest, credits, "prompt"))
+        table = ForestTable.of(forest)
+        credit = estimate(table, "grpo")
+        assert np.isfinite(edge_coefficients(table, credit, "prompt")).all() and not credit.advantage.any()
 
 
 @every_method

@@ -7,10 +7,11 @@ from coins import Coins, make, outcomes, play, prompts, sampled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.advantages import get_estimator
-from agents.losses import edge_coefficients
+from agents.advantages import estimate
+from agents.aggregation import AGGREGATIONS, edge_coefficients
 from allocation import Forest, make_allocator
 from allocation.arena.worlds import replay
+from allocation.forest_table import ForestTable
 from allocation.methods.adaptive import ReinforceAdaAllocator
 from allocation.methods.curriculum import MoPPSAllocator, least_variance
 from allocation.roots import allocate_roots_exact
@@ -50,11 +51,11 @@ def test_dapo_samples_like_grpo_and_averages_over_the_mixed_groups_alone():
     assert {len(t.leaves()) for t in dapo} == {len(t.leaves()) for t in grpo} == {8} and len(dapo) == len(grpo) == 10
     kept = Forest([t for t in dapo if t.loss_weight])
     assert 0 < len(kept) < 10
-    estimate = get_estimator("grpo")
-    for aggregation in ("prompt", "trajectory", "edge", "token"):
-        of_all = edge_coefficients(dapo, [estimate(t) for t in dapo], aggregation)
-        of_kept = iter(edge_coefficients(kept, [estimate(t) for t in kept], aggregation))
-        for tree, coefficients in zip(dapo, of_all, strict=True):
+    everything, some = ForestTable.of(dapo), ForestTable.of(kept)
+    for aggregation in AGGREGATIONS:
+        of_all = edge_coefficients(everything, estimate(everything, "grpo"), aggregation)
+        of_kept = iter(some.per_tree(edge_coefficients(some, estimate(some, "grpo"), aggregation)))
+        for tree, coefficients in zip(dapo, everything.per_tree(of_all), strict=True):
             expected = next(of_kept) if tree.loss_weight else np.zeros(len(coefficients))
             assert np.allclose(coefficients, expected)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocation import Forest, Sample, Tree
-from allocation.tree import tree_record
+from allocation.tree_record import tree_record
 
 
 @st.composite
