@@ -5,14 +5,11 @@ Invariant: denominators are those of the whole batch, never of a micro-batch, so
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
 from agents.advantages import Credit
 from allocation.forest_table import ForestTable
 
-Aggregation = Literal["prompt", "trajectory", "edge", "token"]
 AGGREGATIONS: tuple[str, ...] = ("prompt", "trajectory", "edge", "token")
 
 
@@ -28,7 +25,7 @@ def edge_coefficients(table: ForestTable, credit: Credit, aggregation: str) -> n
     The first two divide by the mean number of sampled tokens of a root-to-leaf path (`Tree.weights`, whatever the
     estimator weighs edges by), a constant of the batch, so that the step size means the same at any length. A tree
     counts `Tree.loss_weight` times its share, and one of weight 0 is not counted in any mean either: it was filtered
-    out (`Allocator.loss_weights`).
+    out (`Allocator.loss_weights`). Other weights are in no mean, so that the scale of inverse probabilities is kept.
 
     Args:
         table: The batch.
@@ -53,6 +50,6 @@ def edge_coefficients(table: ForestTable, credit: Credit, aggregation: str) -> n
     mass = np.ones(len(share))
     if aggregation == "trajectory":
         mass = np.maximum(table.num_children[table.start[:-1]], 1).astype(np.float64)
-    mass = mass * share / max(float(mass[counted].sum()), 1.0)
+    mass = np.where(counted, mass, 0.0) / max(float(mass[counted].sum()), 1.0)
     per_tree = np.bincount(table.tree, weights=table.weights * tokens, minlength=len(share))
-    return mass[table.tree] * credit.weight / max(float(mass @ per_tree), 1.0)
+    return (mass * share)[table.tree] * credit.weight / max(float(mass @ per_tree), 1.0)

@@ -50,7 +50,7 @@ def value_loss(
     targets: torch.Tensor,
     coefficients: torch.Tensor,
     clip: float = 0.0,
-) -> tuple[torch.Tensor, dict[str, float]]:
+) -> torch.Tensor:
     """Half the squared error, summed with coefficients.
 
     With `clip` the greater of two errors counts, that of the value and that of the old value moved towards it by at most `clip`
@@ -65,17 +65,13 @@ def value_loss(
         clip: Bound on the move of a value; 0 for none.
 
     Returns:
-        The loss (a sum: coefficients carry the denominators), and sums for the log: `clipped`, the number of prefixes where
-        the bound decided.
+        The loss (a sum: coefficients carry the denominators).
     """
     error = (values - targets).square()
-    clipped = 0.0
     if clip:
         moved = old_values + (values - old_values).clamp(-clip, clip)
-        bounded = (moved - targets).square()
-        clipped = float((bounded > error).sum())
-        error = torch.maximum(error, bounded)
-    return 0.5 * (coefficients * error).sum(), {"clipped": clipped}
+        error = torch.maximum(error, (moved - targets).square())
+    return 0.5 * (coefficients * error).sum()
 
 
 def value_coefficients(table: ForestTable, targets: np.ndarray) -> np.ndarray:

@@ -272,7 +272,7 @@ class Learner:
         if scores.entropy is not None:
             loss = loss + config.entropy_coef * entropy_loss(scores.entropy, share)
         if self.critic is not None:
-            value, _ = value_loss(
+            value = value_loss(
                 self.critic(scores.hidden),
                 batch.values[node],
                 batch.targets[node],

@@ -47,7 +47,7 @@ class LearnerConfig(CreditConfig):
             they set how sharp the policy is; see docs/training.md.
         value_lr: Step size of the critic's head. A step moves a value by about this times the sum of the hidden state's sizes.
         lr_warmup: Updates over which the step sizes rise from zero.
-        lr_schedule: What follows: `linear` or `cosine` falls to zero at the last update, `constant` stays.
+        lr_schedule: What follows: `linear` or `cosine` falls to zero behind the last update, `constant` stays.
         weight_decay: Of AdamW.
         clip_low: Lower bound of the probability ratio is 1 - this.
         clip_high: Upper bound of the probability ratio is 1 + this.
@@ -93,7 +93,7 @@ class LearnerConfig(CreditConfig):
     max_grad_norm: float = 1.0
     layout: str = "packed"
     check_layout: bool = False
-    micro_tokens: int = 4096
+    micro_tokens: int = 8192
     precision: str = "float32"
     max_skipped: int = 3
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -138,3 +138,5 @@ class LearnerConfig(CreditConfig):
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if self.lora.rank < 0:
             raise ValueError(f"lora.rank must not be negative, got {self.lora.rank}")
+        if not self.lora.alpha > 0:
+            raise ValueError(f"lora.alpha must be positive, got {self.lora.alpha}: at 0 adapters change nothing")

@@ -85,7 +85,7 @@ def _row(nodes: list[Node], start: int, need: np.ndarray, done: set[int], wanted
     first = np.concatenate([[0], np.cumsum(size)]).astype(np.int64)
     place = {node.id: int(at) for node, at in zip(nodes, first[:-1], strict=True)}
     depth = np.zeros(len(nodes), dtype=np.int64)  # position on the path of a node's first token
-    last = first[1:] - 1  # where the last token of a node's path stands
+    last = first[1:] - 1  # where the last token of a node's path stands; -1 if the path is empty
     end = first[1:].copy()
     index = {node.id: i for i, node in enumerate(nodes)}
     for i, node in enumerate(nodes):
@@ -93,8 +93,6 @@ def _row(nodes: list[Node], start: int, need: np.ndarray, done: set[int], wanted
             depth[i] = depth[index[node.parent]] + need[node.parent]
             if not size[i]:
                 last[i] = last[index[node.parent]]
-        elif not size[i]:
-            last[i] = -1
     for i, node in reversed(list(enumerate(nodes))):
         if node.parent is not None:
             up = index[node.parent]

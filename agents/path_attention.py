@@ -45,11 +45,11 @@ def segments_of(ends: np.ndarray, *, keys: int = KEYS) -> list[Segment]:
         ends: Index behind the last token of the subtree of each token's node, int64 [length].
         keys: Most tokens of a segment.
     """
+    # Neighbours with the same end are on one path: a subtree that ends there cannot begin there.
     starts = np.flatnonzero(np.diff(ends, prepend=-1))
-    # Two subtrees one after the other may end at the same place; the second one begins where the first one ends.
-    stops = np.union1d(np.append(starts[1:], len(ends)), ends)
+    stops = np.append(starts[1:], len(ends))
     found = []
-    for start, stop in zip(np.append(0, stops[:-1]).tolist(), stops.tolist(), strict=True):
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
         for first in range(start, stop, keys):
             found.append(Segment(first, min(first + keys, stop), int(ends[start])))
     return found

@@ -136,9 +136,9 @@ def load_skipped(path: Path) -> SkippedBatch:
 def _arrays(table: ForestTable, credit: Credit) -> dict[str, np.ndarray]:
     """Returns the numbers of a batch; row i of those without a start belongs to node i of the table."""
     nodes = [node for tree in table.trees for node in tree.nodes]
-    nothing = np.zeros(0)
+    nothing, silent = np.zeros(0), np.zeros(0, dtype=np.float32)
     actions = [nothing if n.sample is None else n.sample.action_ids for n in nodes]
-    logprobs = [nothing if n.sample is None else n.sample.logprobs for n in nodes]
+    logprobs = [silent if n.sample is None else n.sample.logprobs for n in nodes]
     contexts = [nothing if n.context_ids is None else n.context_ids for n in nodes]
     arrays = {
         "parent": np.array([-1 if n.parent is None else n.parent for n in nodes], dtype=np.int64),
@@ -147,7 +147,7 @@ def _arrays(table: ForestTable, credit: Credit) -> dict[str, np.ndarray]:
         "loss_weight": np.array([t.loss_weight for t in table.trees], dtype=np.float64),
         "action_ids": np.concatenate([nothing, *actions]).astype(np.int64),
         "action_start": _starts(actions),
-        "logprobs": np.concatenate([nothing, *logprobs]).astype(np.float32),
+        "logprobs": np.concatenate([silent, *logprobs]),
         "context_ids": np.concatenate([nothing, *contexts]).astype(np.int64),
         "context_start": _starts(contexts),
         "up": credit.up,

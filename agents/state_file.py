@@ -98,7 +98,7 @@ def flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, Mapping):
         if all(isinstance(k, str) for k in value) and not any(k in _MARKS for k in value):
             return {str(k): flatten(v, f"{path}/{k}", tensors) for k, v in value.items()}
-        return {_PAIRS: [[flatten(k, f"{path}/{k}", {}), flatten(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+        return {_PAIRS: [[_key(k, f"{path}/{k}"), flatten(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list):
         return [flatten(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
     if isinstance(value, tuple):
@@ -106,6 +106,17 @@ def flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{path or 'the state'} holds a {type(value).__name__}, which a checkpoint cannot keep")
+
+
+def _key(key: Any, path: str) -> Any:
+    """Returns the key of a mapping as JSON can hold it."""
+    arrays: dict[str, torch.Tensor] = {}
+    plain = flatten(key, path, arrays)
+    if arrays:
+        raise TypeError(
+            f"{path} has a key of numpy or torch, which a checkpoint cannot keep; make it a plain number or text"
+        )
+    return plain
 
 
 def restore(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:

@@ -34,11 +34,21 @@ class EdgeTokens:
 
     @classmethod
     def of(cls, table: ForestTable, rows: np.ndarray) -> EdgeTokens:
-        """Reads the tokens of the edges into the given rows; edges without tokens are left out."""
+        """Reads the tokens of the edges into the given rows; edges without tokens are left out.
+
+        Raises:
+            ValueError: A sample has not one log-prob for each token.
+        """
         rows = np.sort(np.asarray(rows, dtype=np.int64))
         rows = rows[table.tokens[rows] > 0]
         samples = [table.node(row).sample for row in rows]
         counts = table.tokens[rows]
+        for row, sample in zip(rows, samples, strict=True):
+            if sample is not None and len(sample.logprobs) != len(sample.action_ids):
+                raise ValueError(
+                    f"node {table.node(row).id} of tree {table.trees[table.tree[row]].key!r} has {len(sample.action_ids)} "
+                    f"action_ids and {len(sample.logprobs)} logprobs: a policy must give one log-prob for each sampled token"
+                )
         nothing = np.zeros(0, dtype=np.float32)
         return cls(
             table,

@@ -24,9 +24,11 @@ from agents.path_attention import path_attention, segments_of
 logger = logging.getLogger(__name__)
 
 NAME = "trace_paths"
-"""Of path attention in transformers' registry."""
+"""Of path attention in the registry of transformers."""
 BUCKET = 512
 """Rows for FlexAttention are filled up to a multiple of this, so that few lengths are compiled."""
+_NOT_SOFTMAX = ("sliding_window", "softcap", "s_aux")
+"""What layers pass on if their attention is more than a softmax over all that is visible."""
 _TOLERANCE = 1e-3
 """Of the probe, relative; in half precision rounding alone is more (see `_unfit`)."""
 _warned: set[str] = set()
@@ -42,6 +44,9 @@ def _paths_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """In the form of the registry: from query [rows, heads, length, d] to [rows, length, heads, d]."""
+    for name in _NOT_SOFTMAX:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"its attention has {name}={kwargs[name]}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     mixed = [
         path_attention(q, k, v, s, scale) for q, k, v, s in zip(query, key, value, kwargs["tree_segments"], strict=True)
@@ -128,12 +133,15 @@ def supported(model: Any) -> bool:
 
 
 def _unfit(model: Any) -> str:
-    config = model.config
+    config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         return f"it has layers of type {', '.join(sorted(kinds))}"
     if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
         return f"it sees no further back than {config.sliding_window} tokens"
+    if not model._supports_attention_backend:
+        # Such as Bloom, whose bias by distance a probe in half precision could not tell from rounding.
+        return "it takes no attention function from the registry of transformers"
     device = model.device
     # Root, its first child with a child of its own, and a second child.
     lengths, ends = [5, 4, 3, 6], [18, 12, 12, 18]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -19,3 +20,10 @@ def versions(*packages: str) -> dict[str, str]:
     """Returns the versions that figures depend on: of packages, of Python, and the kind of machine."""
     machine = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     return {name: metadata.version(name) for name in packages} | machine
+
+
+def commit() -> str:
+    """Returns the commit that is checked out, with a `+` if files differ from it; empty outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return found.stdout.strip()

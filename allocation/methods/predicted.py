@@ -197,9 +197,12 @@ class PredictedAllocator(Allocator):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restores what `state_dict` gave; a `kappa` that is not fitted and `decay` are settings and stay those of this run."""
         self.predictor.load_state_dict(state["predictor"])
+        retention = self.beliefs.retention
         self.beliefs.load_state_dict(state["beliefs"])
+        self.beliefs.retention = retention
         self.base.load_state_dict(state["base"])
-        self.kappa, self.prefix_kappa = float(state["kappa"]), float(state["prefix_kappa"])
+        if self._fits_kappa:
+            self.kappa, self.prefix_kappa = float(state["kappa"]), float(state["prefix_kappa"])
         self.fallbacks = int(state["fallbacks"])

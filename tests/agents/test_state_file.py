@@ -113,6 +113,8 @@ def test_generators_go_on_where_they_were(tmp_path, name):
         (torch.eye(2).to_sparse(), r"/a/1 holds a tensor of torch.float32 and torch.sparse_coo"),
         (torch.zeros(2, device="meta"), "/a/1 holds a tensor of torch.float32"),
         ({b"k": 1}, "/a/1/b'k' holds a bytes"),
+        ({np.int64(3): 1}, "/a/1/3 has a key of numpy or torch"),
+        ({(0, np.int64(3)): 1}, r"/a/1/\(0, np.int64\(3\)\) has a key of numpy or torch"),
     ],
 )
 def test_what_cannot_be_kept_is_named(tmp_path, value, message):

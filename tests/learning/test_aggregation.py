@@ -29,10 +29,10 @@ def slow(some, name, aggregation):
         total = max(sum(tokens[id(n)] > 0 for t in kept for n in t.nodes), 1)
         return [[t.loss_weight / total / max(tokens[id(n)], 1) for n in t.nodes] for t in some]
     rollouts = {id(t): max(len(t.root.children), 1) if aggregation == "trajectory" else 1 for t in some}
-    everyone = max(sum(rollouts[id(t)] * t.loss_weight for t in kept), 1.0)
-    mass = {id(t): rollouts[id(t)] * t.loss_weight / everyone for t in some}
-    length = max(sum(mass[id(t)] * float(t.weights() @ [tokens[id(n)] for n in t.nodes]) for t in some), 1.0)
-    return [[mass[id(t)] * weight[id(n)] / length for n in t.nodes] for t in some]
+    everyone = max(sum(rollouts[id(t)] for t in kept), 1.0)
+    paths = sum(rollouts[id(t)] * float(t.weights() @ [tokens[id(n)] for n in t.nodes]) for t in kept)
+    length = max(paths / everyone, 1.0)
+    return [[t.loss_weight * rollouts[id(t)] / everyone * weight[id(n)] / length for n in t.nodes] for t in some]
 
 
 @every_aggregation
@@ -66,6 +66,20 @@ def test_coefficients_share_out_one_batch(aggregation, some):
         assert np.ptp(np.concatenate(first)) == pytest.approx(0.0, abs=1e-12), "a root rollout counts more than another"
     else:
         assert np.ptp([f.sum() for f in first]) == pytest.approx(0.0, abs=1e-12), "a prompt counts more than another"
+
+
+@every_aggregation
+@settings(max_examples=40, deadline=None)
+@given(some=st.lists(trees(), min_size=1, max_size=4), weights=st.lists(st.sampled_from([0.25, 0.5, 2.0]), min_size=4))
+def test_a_tree_counts_its_weight_times_its_even_share(aggregation, some, weights):
+    for tree in some:
+        tree.loss_weight = 1.0
+    table = ForestTable.of(some)
+    credit = estimate(table, "tree")
+    even = edge_coefficients(table, credit, aggregation)
+    for tree, weight in zip(some, weights, strict=False):
+        tree.loss_weight = weight
+    assert edge_coefficients(table, credit, aggregation) == pytest.approx(np.array(weights)[table.tree] * even)
 
 
 def one(tree):

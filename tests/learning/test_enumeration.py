@@ -157,7 +157,7 @@ def test_prompts_count_as_their_loss_weights_say():
     first = {f.trees[0].root.observation[0] for f in found.forests}
     assert len(first) == 1
     weights = (2.0, 0.5) if first == {0} else (0.5, 2.0)
-    expected = (weights[0] * each[0] + weights[1] * each[1]) / 2.5
+    expected = (weights[0] * each[0] + weights[1] * each[1]) / 2
     check(2 * found.expected_update("tree", layout="flat", together=False), expected)
 
 

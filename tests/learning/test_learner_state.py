@@ -186,6 +186,22 @@ def test_a_learner_goes_on_bit_for_bit(make_model, make_forest, settings):
     assert not any(unchanged(weights(model), fresh)), "the state says nothing here"
 
 
+@pytest.mark.parametrize("done", [0, 1])
+def test_step_sizes_are_those_of_the_settings_that_a_run_goes_on_with(make_model, make_forest, done):
+    def made(model, factor):
+        sizes = {"lr": 1e-3 * factor, "gain_lr": 2e-3 * factor, "value_lr": 3e-3 * factor, "weight_decay": 0.1 * factor}
+        return Learner(model, LearnerConfig(estimator="gae", lr_warmup=0, lr_schedule="constant", **sizes), updates=9)
+
+    model = make_model()
+    before, after = made(model, 1), made(model, 10)
+    for seed in range(done):
+        before.update(make_forest(seed))
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    after.update(make_forest(5))
+    found = [(group["lr"], group["weight_decay"]) for group in after.optimizer.param_groups]
+    assert found == [(1e-2, 1.0), (2e-2, 1.0), (3e-2, 0.0)]
+
+
 def test_a_state_with_a_critic_is_refused_by_a_learner_without(make_model):
     with_critic = Learner(make_model(), LearnerConfig(estimator="gae"), updates=9)
     without = Learner(make_model(), LearnerConfig(), updates=9)

@@ -25,11 +25,14 @@ def visible(micro, row, at):
     return micro.ids[row, seen].tolist(), micro.positions[row, seen].tolist()
 
 
-def targets(tokens, values):
-    """What has to be computed for each thing that is read, as ids along its path; ids are unique in the forest."""
-    table = tokens.table
-    scored = [path_ids(table.trees[table.tree[row]], table.node(row), action_only=True) for row in tokens.rows]
-    return scored + [path_ids(table.trees[table.tree[row]], table.node(row)) for row in values]
+def computed(tokens, values):
+    """By path to anything that is read, as numbers of nodes: the ids that have to be computed for it."""
+    table, found = tokens.table, {}
+    for row in [*tokens.rows, *values]:
+        tree, node = table.trees[table.tree[row]], table.node(row)
+        path = (table.tree[row], *(n.id for n in tree.path(node)))
+        found[path] = path_ids(tree, node, action_only=row not in values)
+    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -68,9 +71,9 @@ def test_every_value_is_read_once_and_at_the_end_of_its_prefix(layout, what, lim
 @given(what=asked(), limit=limits)
 def test_tokens_are_counted_and_none_is_laid_out_that_nothing_needs(what, limit):
     tokens, values = what
-    paths = {tuple(t) for t in targets(tokens, values)}
-    longest = [p for p in paths if not any(q[: len(p)] == p and q != p for q in paths)]
-    unique = sorted({i for p in paths for i in p})
+    paths = computed(tokens, values)
+    longest = [ids for p, ids in paths.items() if not any(q[: len(p)] == p and q != p for q in paths)]
+    unique = sorted({i for ids in paths.values() for i in ids})
     flat, packed = flat_layout(tokens, values, limit), packed_layout(tokens, values, limit)
     for layout in (flat, packed):
         assert layout.unique_tokens == len(unique) and layout.flat_tokens == sum(map(len, longest))

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from agents import skipped
 from agents.advantages import Credit, CreditConfig, estimate
 from agents.skipped import list_skipped, load_skipped, save_skipped
-from allocation import Tree
+from allocation import Sample, Tree
 from allocation.forest_table import ForestTable
 
 FIGURES = {"loss/policy": math.nan, "loss/grad_norm": math.inf, "loss/kl": -math.inf, "loss/tokens": np.float32(7)}
@@ -78,6 +78,15 @@ def test_a_sampled_forest_comes_back_as_it_was(tmp_path, sampled):
     for tree in kept.table.trees:
         for node in tree.nodes[1:]:
             assert node.sample.context_ids is tree.nodes[node.parent].context_ids
+
+
+def test_log_probs_of_double_precision_are_kept(tmp_path):
+    tree = Tree("q", 0, "prompt")
+    given = np.array([-1 / 3, -2 / 3])
+    sample = Sample("a", np.array([1, 2]), given, np.zeros(0, dtype=np.int64))
+    tree.add(tree.root, tree.plan(0), "root", sample=sample, terminated=True)
+    kept = load_skipped(save_skipped(tmp_path, 1, *batch([tree]), {})).table.trees[0].nodes[1].sample.logprobs
+    assert kept.dtype == np.float64 and np.array_equal(kept, given)
 
 
 def test_numbers_that_are_not_finite_are_kept_in_strict_json(tmp_path, sampled):

@@ -93,6 +93,21 @@ def test_a_method_with_a_predictor_has_used_it_by_then(name):
     assert allocator.predictor.ready, "a predictor that is not ready shows nothing"
 
 
+def test_settings_that_changed_since_are_not_those_of_the_state(tmp_path):
+    def method(**settings):
+        return make_allocator("trace", predictor=make_predictor("counts"), config=TraceConfig(**settings))
+
+    before = method(kappa=3.0, decay=0.5)
+    batches(small_world("skewed"), before, BUDGET, 2)
+    state = through_disk(before.state_dict(), tmp_path)
+    given, fitted = method(kappa=8.0, decay=0.9), method(kappa=None, decay=0.9)
+    for after in (given, fitted):
+        after.load_state_dict(state)
+        assert after.beliefs.retention == 0.9 and after.beliefs.clock == 2 and len(after.beliefs)
+    assert given.kappa == given.prefix_kappa == 8.0
+    assert fitted.kappa == fitted.prefix_kappa == 3.0, "what is fitted goes on from there"
+
+
 def test_what_is_saved_does_not_move_on_with_the_run(tmp_path):
     world = small_world("skewed")
     allocator = made(world, "trace with all it may learn")

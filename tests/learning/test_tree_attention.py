@@ -29,6 +29,7 @@ from agents.tokens import EdgeTokens
 from agents.tree_attention import ancestor_mask, block_mask, forward, supported
 from allocation.forest_table import ForestTable
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

@@ -1,5 +1,7 @@
 """Random trees whose every token has an id of its own, so that a misplaced one cannot go unseen."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 from random_trees import trees
@@ -8,11 +10,18 @@ from agents.tokens import EdgeTokens
 from allocation.forest_table import ForestTable
 
 
-def number_tokens(forest, rng, *, vocabulary=None, longest=5):
+def number_tokens(forest, rng, *, vocabulary=None, longest=5, empty=0.0):
     """Gives all nodes contexts of random lengths, and all tokens ids: 1, 2, ... in random order, or any of a vocabulary.
 
-    Prompts are not empty, observations may be, and terminals may have one too, which no model is shown.
+    Prompts are not empty, observations may be, and so is a share of the actions; terminals may have an observation, which no
+    model is shown.
     """
+    for tree in forest:
+        for node in tree.nodes[1:]:
+            if rng.random() < empty:
+                node.sample = replace(
+                    node.sample, action_ids=np.zeros(0, dtype=np.int64), logprobs=np.zeros(0, np.float32)
+                )
     sizes = [
         (node, len(node.sample.action_ids) if node.sample else 0, int(rng.integers(node.parent is None, longest)))
         for tree in forest
@@ -32,7 +41,8 @@ def number_tokens(forest, rng, *, vocabulary=None, longest=5):
 def numbered(draw, max_trees=3, **kwargs):
     """Some trees."""
     forest = draw(st.lists(trees(**kwargs), min_size=1, max_size=max_trees))
-    return number_tokens(forest, np.random.default_rng(draw(st.integers(0, 2**32 - 1))))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return number_tokens(forest, rng, empty=draw(st.sampled_from([0.0, 0.2])))
 
 
 @st.composite
