@@ -204,9 +204,9 @@ def _fixed(config: TrainConfig) -> dict[str, Any]:
     """Returns the settings that cannot change in the middle of a run, by name."""
     plain = to_dict(config)
     values = {name: plain[name] for name in FIXED_ON_RESUME if name != "env"}
-    return (
-        values | {f"env.{name}": value for name, value in plain["env"].items()} | {"critic": config.estimator == "gae"}
-    )
+    values |= {f"env.{name}": value for name, value in plain["env"].items()}
+    # Estimators without a critic may take each other's place.
+    return values | {"estimator 'gae'": config.estimator == "gae"}
 
 
 def fingerprint(config: TrainConfig) -> str:

@@ -101,7 +101,7 @@ class Learner:
         trained = [p for p in model.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim > 1], "lr": config.lr},
-            {"params": [p for p in trained if p.ndim <= 1], "lr": config.gain_lr},
+            {"params": [p for p in trained if p.ndim <= 1], "lr": config.gain_lr, "weight_decay": 0.0},
         ]
         if config.estimator == "gae":
             self.critic = Critic(int(model.config.hidden_size), seed).to(model.device)

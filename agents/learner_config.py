@@ -48,7 +48,7 @@ class LearnerConfig(CreditConfig):
         value_lr: Step size of the critic's head. A step moves a value by about this times the sum of the hidden state's sizes.
         lr_warmup: Updates over which the step sizes rise from zero.
         lr_schedule: What follows: `linear` or `cosine` falls to zero behind the last update, `constant` stays.
-        weight_decay: Of AdamW.
+        weight_decay: Of AdamW, for matrices.
         clip_low: Lower bound of the probability ratio is 1 - this.
         clip_high: Upper bound of the probability ratio is 1 + this.
         dual_clip: Where an advantage is negative, the ratio counts up to this at most (Ye et al., 2020; above 1); 0 for no

@@ -199,7 +199,7 @@ def test_step_sizes_are_those_of_the_settings_that_a_run_goes_on_with(make_model
     after.load_state_dict(copy.deepcopy(before.state_dict()))
     after.update(make_forest(5))
     found = [(group["lr"], group["weight_decay"]) for group in after.optimizer.param_groups]
-    assert found == [(1e-2, 1.0), (2e-2, 1.0), (3e-2, 0.0)]
+    assert found == [(1e-2, 1.0), (2e-2, 0.0), (3e-2, 0.0)]
 
 
 def test_a_state_with_a_critic_is_refused_by_a_learner_without(make_model):
