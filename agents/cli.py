@@ -7,27 +7,24 @@ status 130.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 import trace_envs
+from agents.cli_evaluate import evaluate_command, parse
 from agents.config import TrainConfig, load_config, resolve, to_dict
 from agents.display import before_after_table
-from agents.evaluate import evaluate, make_env
-from agents.figures import learner_line
-from agents.models import env_settings, load_model
-from agents.policies import SCRIPTS, Policy, ScriptedPolicy, TransformersPolicy
+from agents.figures import engine_line, learner_line
 from agents.report import write_report
 from agents.runlog import CONFIG, METRICS, read_jsonl
+from allocation import RolloutError
 from trace_envs.snapshots import SnapshotUnsupportedError
 
 if TYPE_CHECKING:
@@ -52,49 +49,6 @@ class TrainArgs:
     config: Path | None = None
     resume: bool = False
     dry_run: bool = False
-
-
-@dataclass(frozen=True)
-class EvaluateArgs:
-    """Evaluates a scripted agent or a model on an environment.
-
-    Attributes:
-        env_id: Gymnasium environment.
-        dataset: Data set: synthetic (if it is left out), hotpotqa, 2wikimultihopqa, musique or bamboogle.
-        data_path: File with the questions of a real data set.
-        corpus_path: File with the passages to search; the questions' own contexts if it is left out.
-        split: Split of the data set.
-        agent: A scripted agent, `oracle` or `bm25`, or `model`.
-        model: With `--agent model`: `tiny`, a local folder, or a hub id.
-        top_k: Passages that a search returns; if it is left out, what `tiny` was trained on, else the environment's default.
-        max_turns: Turns after which an episode is truncated; the environment's default if it is left out.
-        action_format: `hermes`, `react` or `tags`.
-        system_prompt: First message; if it is left out, none for `tiny`, else the format's instructions.
-        limit: Evaluate the first so many questions; 0 for all.
-        temperature: Sampling temperature of a model; 0 is greedy.
-        max_new_tokens: Token limit of one turn of a model.
-        num_envs: Episodes that run side by side.
-        seed: Seeds everything random.
-        output: Also write the figures to this file, as JSON.
-    """
-
-    env_id: str = "TraceMultiHopQA-v0"
-    dataset: str | None = None
-    data_path: str | None = None
-    corpus_path: str | None = None
-    split: str = "test"
-    agent: str = "oracle"
-    model: str = "tiny"
-    top_k: int | None = None
-    max_turns: int | None = None
-    action_format: str | None = None
-    system_prompt: str | None = None
-    limit: int = 0
-    temperature: float = 1.0
-    max_new_tokens: int = 64
-    num_envs: int = 64
-    seed: int = 0
-    output: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +92,7 @@ def train(argv: Sequence[str]) -> int:
     """Runs `trace-envs train`."""
     from agents.trainer import Trainer
 
-    args = _parse(TrainArgs, argv, "train", default=TrainArgs(train=_train_defaults(argv)))
+    args = parse(TrainArgs, argv, "train", default=TrainArgs(train=_train_defaults(argv)))
     config = resolve(args.train, resume=args.resume)
     console = Console()
     if args.dry_run:
@@ -194,76 +148,11 @@ def _train(trainer: Trainer, console: Console) -> int:
         f"{total.root_rollouts + total.continuations:,} rollouts ({total.continuations:,} continuations), "
         f"{total.generated_tokens:,} tokens sampled; report: {report}"
     )
-    console.print(learner_line(read_jsonl(config.directory / METRICS)))
+    records = read_jsonl(config.directory / METRICS)
+    for line in (learner_line(records), engine_line(records)):
+        if line is not None:
+            console.print(line)
     return 0
-
-
-def evaluate_command(argv: Sequence[str]) -> int:
-    """Runs `trace-envs evaluate`."""
-    args = _parse(EvaluateArgs, argv, "evaluate")
-    for name, least in (("limit", 0), ("max_new_tokens", 1), ("num_envs", 1), ("temperature", 0)):
-        if not getattr(args, name) >= least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(args, name)}")
-    known = {
-        "dataset": args.dataset,
-        "data_path": args.data_path,
-        "corpus_path": args.corpus_path,
-        "split": args.split,
-        "top_k": args.top_k,
-        "max_turns": args.max_turns,
-        "action_format": args.action_format,
-        "system_prompt": args.system_prompt,
-    }
-    known = {name: value for name, value in known.items() if value is not None}
-    if args.agent == "model":
-        known = env_settings(args.model, args.env_id) | known
-    with closing(make_env(args.env_id, known)) as env:
-        task_ids = list(env.unwrapped.task_ids())  # type: ignore[attr-defined]
-    task_ids = task_ids[: args.limit] if args.limit else task_ids
-    policy = _policy(args)
-    console = Console()
-    record = evaluate(policy, args.env_id, known, task_ids, num_envs=args.num_envs, seed=args.seed)
-    console.print(_evaluation_table(args, record))
-    if args.output is not None:
-        args.output.write_text(json.dumps(record, indent=2) + "\n")
-    return 0
-
-
-def _policy(args: EvaluateArgs) -> Policy:
-    if args.agent in SCRIPTS:
-        return ScriptedPolicy(args.agent, action_format=args.action_format or "hermes", seed=args.seed)
-    if args.agent != "model":
-        raise ValueError(f"unknown agent {args.agent!r}; known: {', '.join([*SCRIPTS, 'model'])}")
-    model, tokenizer = load_model(args.model)
-    return TransformersPolicy(
-        model, tokenizer, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed
-    )
-
-
-def _evaluation_table(args: EvaluateArgs, record: dict[str, Any]) -> Table:
-    name = args.agent if args.agent in SCRIPTS else args.model
-    table = Table(title=f"{name} on {args.dataset or args.env_id}, {record['eval/questions']} questions")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    labels = {
-        "eval/em": "exact match",
-        "eval/f1": "F1",
-        "eval/supporting_recall": "recall of supporting passages",
-    }
-    for key, label in labels.items():
-        if key in record:
-            table.add_row(label, f"{100 * record[key]:.1f} %")
-    table.add_row("turns", f"{record['eval/turns']:.2f}")
-    table.add_row("tool errors", f"{record['eval/tool_errors']:.2f}")
-    table.add_row("out of turns", f"{100 * record['eval/truncated']:.1f} %")
-    for key, value in record.items():
-        if key.startswith("eval/accuracy_by_hops/"):
-            hops = key.rsplit("/", 1)[1]
-            count = record[f"eval/questions_by_hops/{hops}"]
-            table.add_row(
-                f"accuracy, {hops} hops ({count})" if hops != "0" else f"accuracy ({count})", f"{100 * value:.1f} %"
-            )
-    return table
 
 
 def warm_start_command(argv: Sequence[str]) -> int:
@@ -273,7 +162,7 @@ def warm_start_command(argv: Sequence[str]) -> int:
 
     from agents.warm_start import WarmStartConfig, warm_start
 
-    args = _parse(WarmStartArgs, argv, "warm-start")
+    args = parse(WarmStartArgs, argv, "warm-start")
     if args.threads:
         torch.set_num_threads(args.threads)
     config = WarmStartConfig(seed=args.seed)
@@ -292,7 +181,7 @@ def warm_start_command(argv: Sequence[str]) -> int:
 
 def show(argv: Sequence[str]) -> int:
     """Runs `trace-envs show`."""
-    args = _parse(ShowArgs, argv, "show")
+    args = parse(ShowArgs, argv, "show")
     if not (args.run / METRICS).is_file():
         raise FileNotFoundError(f"{args.run} is no run (no {METRICS}); runs are directories such as runs/trace")
     records = [r for r in read_jsonl(args.run / METRICS) if "eval/accuracy" in r]
@@ -308,7 +197,7 @@ def bench(argv: Sequence[str]) -> int:
     import importlib.util
     import runpy
 
-    args = _parse(BenchArgs, argv[:1], "bench")
+    args = parse(BenchArgs, argv[:1], "bench")
     sys.path.insert(0, str(Path.cwd()))
     if importlib.util.find_spec("benchmarks") is None:
         raise FileNotFoundError("there is no benchmarks/ here; run this command in a clone of the repository")
@@ -321,10 +210,6 @@ def bench(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(cls: type, argv: Sequence[str], command: str, **kwargs: Any) -> Any:
-    return tyro.cli(cls, args=list(argv), prog=f"trace-envs {command}", **kwargs)
-
-
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate_command,
@@ -332,6 +217,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "show": show,
     "bench": bench,
 }
+
+MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, SnapshotUnsupportedError)
+"""What a user's mistake is raised as."""
 
 USAGE = """usage: trace-envs {train,evaluate,warm-start,show,bench} [arguments]
 
@@ -347,8 +235,14 @@ USAGE = """usage: trace-envs {train,evaluate,warm-start,show,bench} [arguments]
 def run_safely(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Runs a command; a user's mistake becomes one sentence and status 2."""
     try:
-        return command(argv)
-    except (ValueError, OSError, ImportError, FloatingPointError, SnapshotUnsupportedError) as error:
+        try:
+            return command(argv)
+        except RolloutError as error:
+            # Where it happened matters to who wrote the policy; a server that is not there is nothing of a single branch.
+            if not isinstance(error.__cause__, MISTAKES):
+                raise
+            raise error.__cause__ from None
+    except MISTAKES as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -11,21 +11,39 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import count
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+import tyro
 import yaml
 
 from agents.learner_config import LearnerConfig
 from agents.models import env_settings
+from agents.policies.engine_config import EngineConfig
+from agents.policies.sampling import Sampling
 from agents.runlog import CONFIG
 from allocation import PREDICTORS, TraceConfig, TracePlusConfig
 from allocation.allocators import METHODS
 
 DEFAULT_NAME = "trace"
+POLICIES = ("transformers", "vllm")
+"""What can sample in training."""
 CRITIC = "critic"
 """Name of the predictor that is the critic itself."""
+NEED_FEATURES = ("hidden_state", "ensemble", CRITIC)
+"""Predictors that read the policy's hidden states."""
 # A checkpoint is of these: another value would be ignored, or make what comes after no continuation of what came before.
-FIXED_ON_RESUME = ("env_id", "env", "train_split", "eval_split", "model", "allocator", "predictor", "lora", "seed")
+FIXED_ON_RESUME = (
+    "env_id",
+    "env",
+    "train_split",
+    "eval_split",
+    "model",
+    "policy",
+    "allocator",
+    "predictor",
+    "lora",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -71,17 +89,26 @@ class TrainConfig(LearnerConfig):
         env_id: Gymnasium environment to learn.
         env: Its arguments.
         model: `tiny` (the shipped warm start), a local folder in transformers' format, or a hub id.
+        policy: What samples: `transformers` (the learner's own weights) or `vllm`, which gets the weights after each update.
+        engine: Settings of vLLM.
         allocator: Where the budget goes: `trace_plus` (ours), `trace` (the paper's), `grpo` (a fixed group at every prompt), or
             another of the methods in docs/methods.md.
         trace: Settings of `trace`.
         trace_plus: Settings of `trace_plus`.
         predictor: What predicts success, for methods that need it: `hidden_state`, `text`, `counts` or `ensemble`; or
-            `critic`, with `--estimator gae`, for the critic itself.
+            `critic`, with `--estimator gae`, for the critic itself. If it is left out, `hidden_state`, or `text` with an engine
+            that gives no hidden states.
         group_size: Rollouts of a prompt, for methods with groups of a fixed size.
         budget: Rollouts for each update, root rollouts and continuations together.
-        updates: Policy updates.
+        updates: Policy updates (`--max-steps` says the same).
         temperature: Sampling temperature of training and evaluation.
+        top_p: Sample from the likeliest tokens that share this probability only; 1 from all. Leave it: see docs/engines.md.
+        top_k: Sample from so many of the likeliest tokens only; 0 from all. Leave it, for the same reason.
+        stop: Strings that end a turn, such as `</tool_call>`.
         max_new_tokens: Token limit of one turn.
+        max_context: Token limit of an episode; if it is left out, what the model can take.
+        thinking: Passed to the chat template as `enable_thinking`, for models that have such a switch.
+        compile: Compile the decoding of the transformers policy.
         num_envs: Rollouts that run side by side.
         train_split: Split that training questions come from.
         eval_split: Split that is evaluated before and after.
@@ -101,15 +128,23 @@ class TrainConfig(LearnerConfig):
     env_id: str = "TraceMultiHopQA-v0"
     env: EnvConfig = field(default_factory=EnvConfig)
     model: str = "tiny"
+    policy: str = "transformers"
+    engine: EngineConfig = field(default_factory=EngineConfig)
     allocator: str = "trace_plus"
     trace: TraceConfig = field(default_factory=TraceConfig)
     trace_plus: TracePlusConfig = field(default_factory=TracePlusConfig)
-    predictor: str = "hidden_state"
+    predictor: str | None = None
     group_size: int = 8
     budget: int = 128
-    updates: int = 110
+    updates: Annotated[int, tyro.conf.arg(aliases=["--max-steps"])] = 110
     temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
     max_new_tokens: int = 48
+    max_context: int | None = None
+    thinking: bool | None = None
+    compile: bool = False
     num_envs: int = 128
     train_split: str = "train"
     eval_split: str = "test"
@@ -130,7 +165,6 @@ class TrainConfig(LearnerConfig):
         for name in (
             "budget",
             "updates",
-            "max_new_tokens",
             "num_envs",
             "checkpoint_every",
             "keep_checkpoints",
@@ -142,12 +176,18 @@ class TrainConfig(LearnerConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         known = {
+            "policy": POLICIES,
             "allocator": [name for name in METHODS if name != "oracle"],  # methods of the user's own among them
-            "predictor": [*PREDICTORS, CRITIC],
+            "predictor": [None, *PREDICTORS, CRITIC],
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(values)}")
+                names = ", ".join(v for v in values if v is not None)
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {names}")
+        if self.policy == "vllm" and self.predictor in NEED_FEATURES:
+            raise ValueError(
+                f"predictor {self.predictor!r} reads hidden states, which vLLM does not give; use --predictor text or counts"
+            )
         if self.predictor == CRITIC and self.estimator != "gae":
             raise ValueError(f"predictor 'critic' needs a critic: estimator 'gae', got {self.estimator!r}")
         if self.name is not None and (Path(self.name).name != self.name or self.name in ("", "..")):
@@ -156,6 +196,25 @@ class TrainConfig(LearnerConfig):
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive in training, got {self.temperature}")
+        _ = self.sampling  # says what is out of range
+
+    @property
+    def sampling(self) -> Sampling:
+        """How actions are sampled in training."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop=self.stop,
+            max_context=self.max_context,
+            seed=self.seed,
+        )
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """What the chat template is given besides messages and tools."""
+        return {} if self.thinking is None else {"enable_thinking": self.thinking}
 
     @property
     def ignored(self) -> list[str]:
@@ -172,7 +231,7 @@ class TrainConfig(LearnerConfig):
 
 
 def resolve(config: TrainConfig, *, resume: bool = False) -> TrainConfig:
-    """Settles what was left open: the name of the run, and the environment's arguments that a shipped model brings.
+    """Settles what was left open: the name of the run, and what follows from the model, the policy and each other.
 
     Args:
         config: The settings as given.
@@ -184,7 +243,15 @@ def resolve(config: TrainConfig, *, resume: bool = False) -> TrainConfig:
     brought = env_settings(config.model, config.env_id)
     env = replace(config.env, **{k: v for k, v in brought.items() if getattr(config.env, k) is None})
     name = config.name or (_latest_name(config.runs) if resume else _free_name(config.runs))
-    return replace(config, env=env, name=name)
+    foreign = config.policy != "transformers"
+    return replace(
+        config,
+        env=env,
+        name=name,
+        predictor=config.predictor or ("text" if foreign else "hidden_state"),
+        # Other kernels give other log-probs for the same weights.
+        importance=("truncated" if foreign else "none") if config.importance == "auto" else config.importance,
+    )
 
 
 def _free_name(runs: Path) -> str:

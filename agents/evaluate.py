@@ -5,8 +5,9 @@ Invariant: every question is asked once, in the order given, through the same wr
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -14,9 +15,11 @@ import gymnasium as gym
 import numpy as np
 
 from agents.policies.base import Policy, collect
-from allocation import Forest, Root, TreeAllocationWrapper, UniformAllocator
+from allocation import AsyncRunner, Forest, Root, TreeAllocationWrapper, UniformAllocator
+from allocation.asking import AsyncPolicy
 
 CHUNK = 512
+"""Questions of one forest."""
 
 
 def make_env(env_id: str, env_kwargs: dict[str, Any]) -> gym.Env:
@@ -47,23 +50,25 @@ def make_vector(env_id: str, num_envs: int, env_kwargs: dict[str, Any]) -> gym.v
 
 
 def evaluate(
-    policy: Policy,
+    policy: Policy | AsyncPolicy,
     env_id: str,
     env_kwargs: dict[str, Any],
     task_ids: Sequence[str],
     *,
     num_envs: int = 64,
     seed: int = 0,
+    done: Callable[[Forest], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a policy once on each task.
 
     Args:
-        policy: The policy.
+        policy: The policy; an asynchronous one is driven by `AsyncRunner`, each episode at its own pace.
         env_id: Registered id of the environment.
         env_kwargs: Its arguments.
         task_ids: Tasks to run.
         num_envs: Slots that run side by side.
         seed: Seeds the environments.
+        done: Called with each part of the episodes as it is finished.
 
     Returns:
         A record with `eval/accuracy` (the mean over numbers of hops where tasks have them, so that every length counts the
@@ -74,14 +79,31 @@ def evaluate(
     if not task_ids:
         raise ValueError("no task to evaluate on")
     leaves: list[tuple[int, Any]] = []
-    with closing(make_vector(env_id, min(num_envs, len(task_ids)), env_kwargs)) as envs:
-        for start in range(0, len(task_ids), CHUNK):
-            chunk = task_ids[start : start + CHUNK]
-            # Scripted policies look at snapshots; of these environments they cost next to nothing.
-            wrapper = TreeAllocationWrapper(envs, allocator=UniformAllocator(1), budget=len(chunk), keep_snapshots=True)
-            roots = [Root(seed + start + i, {"task_id": t}) for i, t in enumerate(chunk)]
-            leaves += _leaves(collect(wrapper, policy, seed=seed, roots=roots))
+    for forest in _forests(policy, env_id, env_kwargs, task_ids, min(num_envs, len(task_ids)), seed):
+        leaves += _leaves(forest)
+        if done is not None:
+            done(forest)
     return summary(leaves)
+
+
+def _forests(
+    policy: Any, env_id: str, env_kwargs: dict[str, Any], task_ids: Sequence[str], num_envs: int, seed: int
+) -> Iterator[Forest]:
+    """Yields the episodes, part by part."""
+    asynchronous = inspect.iscoroutinefunction(policy.act)
+    # Between two parts slots run empty, which costs time where each has its own pace, but what is done is safe.
+    size = min(CHUNK, 8 * num_envs) if asynchronous else CHUNK
+    with closing(make_vector(env_id, num_envs, env_kwargs)) as envs:
+        for start in range(0, len(task_ids), size):
+            roots = [Root(seed + start + i, {"task_id": t}) for i, t in enumerate(task_ids[start : start + size])]
+            one_each = UniformAllocator(1)
+            if asynchronous:
+                runner = AsyncRunner(envs, allocator=one_each, budget=len(roots))
+                yield runner.run_sync(policy, seed=seed, roots=roots)
+            else:
+                # Scripted policies look at snapshots; of these environments they cost next to nothing.
+                wrapper = TreeAllocationWrapper(envs, allocator=one_each, budget=len(roots), keep_snapshots=True)
+                yield collect(wrapper, policy, seed=seed, roots=roots)
 
 
 def _leaves(forest: Forest) -> list[tuple[int, Any]]:

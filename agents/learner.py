@@ -20,6 +20,7 @@ from agents.advantages.actor_critic import valued_prefixes
 from agents.aggregation import edge_coefficients
 from agents.batch import Batch, path_tokens
 from agents.critic import Critic, value_loss
+from agents.exactness import assert_exact
 from agents.flat import flat_layout
 from agents.layout import Layout, MicroBatch
 from agents.layout_check import check_layout
@@ -120,7 +121,8 @@ class Learner:
         Raises:
             ValueError: A path is longer than the model's positions.
             FloatingPointError: `max_skipped` updates in a row had a loss or gradient that was not finite.
-            RuntimeError: `check_layout` found the packed gradient to differ from the flat one.
+            RuntimeError: What would be scored is not what was sampled (`agents.exactness`), or `check_layout` found the packed
+                gradient to differ from the flat one.
         """
         config, table = self.config, ForestTable.of(forest)
         self._set_step_sizes()
@@ -154,26 +156,29 @@ class Learner:
     # Where the advantages come from.
 
     def _readable(self, table: ForestTable) -> np.ndarray:
-        """Returns the rows of the prefixes that a critic is asked for: those that fit into the model, int64 [v]."""
+        """Returns the rows of the prefixes that a critic is asked for: those with tokens that fit into the model, int64 [v]."""
         if self.critic is None:
             return np.zeros(0, dtype=np.int64)
         prefixes = valued_prefixes(table)
-        return prefixes[path_tokens(table)[prefixes] <= self.scorer.max_length]
+        length = path_tokens(table)[prefixes]
+        # A prompt has no tokens where no policy ever gave an action for it.
+        return prefixes[(length > 0) & (length <= self.scorer.max_length)]
 
     @torch.no_grad()
     def _values(self, table: ForestTable) -> np.ndarray | None:
         """Returns the critic's values of the prefixes, float64 [n]; `None` without a critic.
 
-        A prefix that is longer than the model's positions has the value of hidden states of zeros, as in the policy's
-        features.
+        A prefix without tokens, or longer than the model's positions, has the value of hidden states of zeros, as in the
+        policy's features.
         """
         if self.critic is None:
             return None
         values = np.full(len(table), float(self.critic.bias), dtype=np.float64)
         prefixes = self._readable(table)
         nothing = EdgeTokens.of(table, np.zeros(0, dtype=np.int64))
-        for micro in self._layout(nothing, prefixes).micro_batches:
-            scores = self.scorer(micro, torch.zeros(0, dtype=torch.int64))
+        no_ids = torch.zeros(0, dtype=torch.int64)
+        for micro in self._layout(nothing, prefixes, no_ids).micro_batches:
+            scores = self.scorer(micro, no_ids)
             values[micro.value_node] = self.critic(scores.hidden).double().cpu().numpy()
         return values
 
@@ -189,7 +194,13 @@ class Learner:
         prefixes = self._readable(table)
         return Batch.of(table, credit, coefficients, self.config, prefixes, values, device=self.model.device)
 
-    def _layout(self, tokens: EdgeTokens, prefixes: np.ndarray) -> Layout:
+    def _layout(self, tokens: EdgeTokens, prefixes: np.ndarray, ids: torch.Tensor) -> Layout:
+        """Returns what goes through the model, once it is certain that it is what was sampled."""
+        layout = self._layout_of(tokens, prefixes)
+        assert_exact(layout, tokens, prefixes, ids.cpu().numpy())
+        return layout
+
+    def _layout_of(self, tokens: EdgeTokens, prefixes: np.ndarray) -> Layout:
         return (packed_layout if self._packed else flat_layout)(tokens, prefixes, self.config.micro_tokens)
 
     @torch.no_grad()
@@ -201,7 +212,7 @@ class Learner:
         old, reference = torch.empty_like(batch.sampled), torch.empty_like(batch.sampled)
         corrected, penalised = self.config.importance == "truncated", self.config.kl_coef > 0
         if corrected or penalised:
-            for micro in self._layout(batch.tokens, np.zeros(0, dtype=np.int64)).micro_batches:
+            for micro in self._layout(batch.tokens, np.zeros(0, dtype=np.int64), batch.ids).micro_batches:
                 token = torch.from_numpy(micro.token).to(old.device)
                 if corrected:
                     old[token] = self.scorer(micro, batch.ids[token]).logprobs
@@ -220,7 +231,7 @@ class Learner:
 
     def _step(self, batch: Batch) -> Step:
         """Takes one optimiser step, unless loss or gradient is not finite."""
-        layout = self._layout(batch.tokens, batch.prefixes)
+        layout = self._layout(batch.tokens, batch.prefixes, batch.ids)
         if self._check and len(batch.tokens):
             # Until a batch could be compared.
             self._check = not check_layout(

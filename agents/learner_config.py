@@ -13,7 +13,7 @@ from agents.aggregation import AGGREGATIONS
 LR_SCHEDULES = ("linear", "cosine", "constant")
 KL_ESTIMATORS = ("k1", "k3")
 PRECISIONS = ("float32", "bfloat16")
-IMPORTANCE = ("none", "truncated")
+IMPORTANCE = ("auto", "none", "truncated")
 LAYOUTS = ("packed", "flat")
 
 
@@ -57,7 +57,9 @@ class LearnerConfig(CreditConfig):
         kl_estimator: `k1` or `k3`, see `agents.losses`.
         entropy_coef: Weight of the entropy bonus.
         importance: `truncated` weighs each token by the learner's old probability over the sampler's, cut at `importance_cap`,
-            which costs one more pass over the batch; `none` takes the sampler's for the old ones.
+            which costs one more pass over the batch; `none` takes the sampler's for the old ones. `auto` is settled by
+            `agents.config.resolve`: `truncated` in a run whose policy is another engine than the learner's own model, else
+            `none`, which is also what a `Learner` takes it for.
         importance_cap: Greatest importance weight.
         value_coef: Weight of the critic's loss.
         value_clip: Bound on the move of a value in one update; 0 for none.
@@ -86,7 +88,7 @@ class LearnerConfig(CreditConfig):
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
-    importance: str = "none"
+    importance: str = "auto"
     importance_cap: float = 2.0
     value_coef: float = 0.5
     value_clip: float = 0.2

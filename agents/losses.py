@@ -128,7 +128,8 @@ def importance_weights(
     Returns:
         The weights, float [t], without gradient, and figures: `importance/ess`, effective sample size over sample size,
         (sum w)^2 / (n sum w^2); `importance/kl`, mean of sampler - learner, nats per token; `importance/clipped`, the share
-        of weights that were cut.
+        of weights that were cut; and how far the two are apart: `drift/mean_abs` and `drift/max_abs`, mean and greatest
+        |learner - sampler| in nats, and `drift/probability`, the mean difference of the tokens' probabilities.
     """
     with torch.no_grad():
         ratio = (learner - sampler).exp()
@@ -137,5 +138,8 @@ def importance_weights(
             "importance/ess": float(weights.sum().square() / (len(weights) * weights.square().sum())),
             "importance/kl": float((sampler - learner).mean()),
             "importance/clipped": float((ratio > cap).float().mean()),
+            "drift/mean_abs": float((learner - sampler).abs().mean()),
+            "drift/max_abs": float((learner - sampler).abs().max()),
+            "drift/probability": float((learner.exp() - sampler.exp()).abs().mean()),
         }
     return weights, figures

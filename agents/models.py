@@ -84,6 +84,21 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[
     return _in_own_memory(model.to(device).eval()), tokenizer
 
 
+def load_tokenizer(name: str) -> Any:
+    """Loads the tokenizer of a model, for engines that load the weights themselves; `name` as for `load_model`.
+
+    Raises:
+        FileNotFoundError: A local folder was named and is not there.
+        OSError: The hub does not have the model or cannot be reached.
+    """
+    source = SHIPPED.get(name, name)
+    if Path(source).expanduser().is_dir():
+        return AutoTokenizer.from_pretrained(Path(source).expanduser().resolve())
+    if str(name).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name} is no folder; --model takes one of {', '.join(SHIPPED)}, a folder or a hub id")
+    return AutoTokenizer.from_pretrained(name)
+
+
 def _load_with_adapters(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
     """Returns the model that the adapters in a folder belong to, with them in it, and its tokenizer."""
     if any(folder.glob("model*.safetensors")):

@@ -15,6 +15,7 @@ from agents.layout import MicroBatch
 from agents.lora import has_adapters, is_adapter_folder, without_adapters
 from agents.models import load_model
 from agents.scoring import Scorer
+from agents.tokenizer_checks import check_vocabulary
 
 
 class Reference(Protocol):
@@ -102,32 +103,3 @@ def make_reference(
     first, _ = load_model(start, device=str(model.device), dtype=str(model.dtype).removeprefix("torch."))
     check_vocabulary(model, tokenizer, first)
     return FrozenReference(first, temperature=temperature, precision=precision)
-
-
-def check_vocabulary(model: Any, tokenizer: Any, reference_model: Any = None) -> None:
-    """Checks that every id means the same to tokenizer, policy and reference, as far as sizes show it.
-
-    Args:
-        model: The policy's model.
-        tokenizer: The policy's tokenizer.
-        reference_model: The reference's model; `None` without one.
-
-    Raises:
-        ValueError: The tokenizer has ids that the model has no embedding for, or policy and reference have vocabularies of
-            different sizes.
-    """
-    size = _vocabulary(model)
-    if (ids := 1 + max(tokenizer.get_vocab().values())) > size:
-        raise ValueError(
-            f"the tokenizer has {ids} ids and the model embeddings for {size}: pass the tokenizer that was saved with the "
-            f"model, or enlarge the model by model.resize_token_embeddings({ids})"
-        )
-    if reference_model is not None and (other := _vocabulary(reference_model)) != size:
-        raise ValueError(
-            f"the policy has a vocabulary of {size} tokens and the reference one of {other}, so their log-probs cannot be "
-            f"compared: pass as reference the model that the policy started from, or set kl_coef=0"
-        )
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])

@@ -12,7 +12,6 @@ import json
 import math
 import numbers
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from types import ModuleType, TracebackType
@@ -20,62 +19,18 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
 
+from trace_envs.jsonl import DamagedLogError, drop_torn_line, excerpt, iter_jsonl, parse_line, read_jsonl
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["CONFIG", "METRICS", "REPORT", "TREES", "DamagedLogError", "RunLog", "iter_jsonl", "read_jsonl"]
 
 METRICS = "metrics.jsonl"
 TREES = "trees.jsonl"
 CONFIG = "config.yaml"
 REPORT = "report.html"
 _INSTALL = {"wandb": "pip install 'trace-envs[wandb]'", "trackio": "pip install trackio"}
-
-
-class DamagedLogError(ValueError):
-    """A line other than the last is not a JSON object, or one is no record of a run."""
-
-
-def iter_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yields the records of a JSON-lines file one by one.
-
-    Args:
-        path: The file.
-
-    Yields:
-        One dictionary for each line; blank lines are passed over. A last line that is cut short is dropped with a
-        warning, because that is what a killed process leaves behind.
-
-    Raises:
-        DamagedLogError: A line before the last is not a JSON object; the message names the file and the line.
-    """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            record = _parse(line)
-            if record is None:
-                if any(rest.strip() for rest in file):
-                    raise DamagedLogError(
-                        f"{path}, line {number}: not a JSON object ({_excerpt(line)}). Delete or mend that line."
-                    )
-                warnings.warn(
-                    f"{path}, line {number}: the last line is cut short and was dropped ({_excerpt(line)}).",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                return
-            yield record
-
-
-def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads a JSON-lines file whole; see :func:`iter_jsonl` for how it treats damage.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The records in the order of the file.
-    """
-    return list(iter_jsonl(path))
 
 
 class RunLog:
@@ -122,7 +77,7 @@ class RunLog:
         self._closed = False
         if resume:
             for path in paths:
-                _repair(path)
+                drop_torn_line(path)
         self._metrics, self._trees = _appending(paths[0]), _appending(paths[1])
 
     @property
@@ -320,64 +275,19 @@ def _append(file: BinaryIO, record: Mapping[str, Any]) -> None:
     file.flush()
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except ValueError:  # UnicodeDecodeError and JSONDecodeError alike
-        return None
-    return record if isinstance(record, dict) else None
-
-
 def _lines_until(path: Path, update: int) -> Iterator[bytes]:
     """Yields the lines of a log whose records are of no later update, byte for byte."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            at = (_parse(line) or {}).get("update")
+            at = (parse_line(line) or {}).get("update")
             if not isinstance(at, int) or isinstance(at, bool):
                 raise DamagedLogError(
-                    f"{path}, line {number}: no record with an integer 'update' ({_excerpt(line)}). Delete or mend it."
+                    f"{path}, line {number}: no record with an integer 'update' ({excerpt(line)}). Delete or mend it."
                 )
             if at <= update:
                 yield line
-
-
-def _excerpt(line: bytes) -> str:
-    text = line.decode("utf-8", "replace").strip()
-    return ascii(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _repair(path: Path) -> None:
-    """Leaves `path` ending in a whole line, without reading more of it than the last one."""
-    if not path.exists():
-        return
-    with open(path, "r+b") as file:
-        start, line = _last_line(file)
-        if not line.strip():
-            return
-        if _parse(line) is None:
-            message = f"{path}: removed a last line that was cut short ({_excerpt(line)})."
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
-            file.truncate(start)
-        elif not line.endswith(b"\n"):  # all of the record arrived, only its newline did not
-            file.seek(0, os.SEEK_END)
-            file.write(b"\n")
-
-
-def _last_line(file: BinaryIO, block: int = 1 << 16) -> tuple[int, bytes]:
-    """Returns the offset and the bytes of the last line that is not blank."""
-    end = file.seek(0, os.SEEK_END)
-    tail = b""
-    while end > 0:
-        begin = max(0, end - block)
-        file.seek(begin)
-        tail = file.read(end - begin) + tail
-        end = begin
-        newline = tail.rstrip().rfind(b"\n")
-        if newline >= 0:
-            return begin + newline + 1, tail[newline + 1 :]
-    return 0, tail
 
 
 def _replace(path: Path, chunks: Sequence[bytes] | Iterator[bytes]) -> None:

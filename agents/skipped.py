@@ -24,11 +24,12 @@ from safetensors.numpy import load_file, save_file
 
 from agents.advantages import Credit
 from allocation.forest_table import ForestTable
-from allocation.tree import Sample, Tree
+from allocation.sample import Sample
+from allocation.tree import Tree
 
 KEEP = 8
 """How many batches stay in a directory: those of the last updates."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PLAIN, ARRAYS = "batch.json", "batch.safetensors"
 _WRITING, _REMOVING = ".writing-", ".removing-"
 
@@ -39,7 +40,8 @@ class SkippedBatch:
 
     Attributes:
         update: Number of the update that met it.
-        table: The forest: structure, rewards, token ids, log-probs of the sampler and texts; no snapshots and no features.
+        table: The forest: structure, rewards, token ids, log-probs of the sampler and the version of its weights, and texts; no
+            snapshots and no features.
             Actions and observations that were no texts are their `repr`.
         credit: What its edges were given.
         figures: Of the update; some may not be finite.
@@ -175,7 +177,7 @@ def _tree(tree: Tree) -> dict[str, Any]:
                 "origin": n.origin,
                 "action": _text(n.action),
                 "observation": _text(n.observation),
-                "sampled": None if n.sample is None else [n.sample.text, n.sample.finish_reason],
+                "sampled": None if n.sample is None else [n.sample.text, n.sample.finish_reason, n.sample.version],
                 "shown": n.context_ids is not None,
                 "terminated": bool(n.terminated),
                 "truncated": bool(n.truncated),
@@ -203,10 +205,10 @@ def _rebuilt(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray], first:
             continue
         parent, sample = tree.nodes[int(arrays["parent"][row])], None
         if node["sampled"] is not None:
-            text, reason = node["sampled"]
+            text, reason, version = node["sampled"]
             shown = np.zeros(0, dtype=np.int64) if parent.context_ids is None else parent.context_ids
             ids, logprobs = cut("action_ids", "action_start", row), cut("logprobs", "action_start", row)
-            sample = Sample(text, ids, logprobs, shown, None, reason)
+            sample = Sample(text, ids, logprobs, shown, None, reason, version=int(version))
         tree.add(
             parent,
             int(arrays["rollout"][row]),

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-PLAIN, ARRAYS = "trainer.json", "trainer.safetensors"
+PLAIN, ARRAYS = "trainer.json", "trainer.arrays"
+"""The second is a safetensors file by another name: engines take every `*.safetensors` in a model's folder for its weights."""
 _TENSOR, _ARRAY, _SCALAR, _PAIRS, _TUPLE = "__tensor__", "__array__", "__scalar__", "__pairs__", "__tuple__"
 _MARKS = (_TENSOR, _ARRAY, _SCALAR, _PAIRS, _TUPLE)
 _NUMBERS = "biufc"
@@ -29,7 +30,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Writes a state into a folder.
 
     Args:
-        folder: It gets `trainer.json` and `trainer.safetensors`.
+        folder: It gets `trainer.json` and `trainer.arrays`.
         state: Tensors, numpy arrays and scalars, mappings (with keys of any plain type), lists, tuples, text, numbers, booleans
             and `None`, nested.
 

@@ -25,6 +25,9 @@ FIGURES = (
     "importance/ess",
     "importance/kl",
     "importance/clipped",
+    "drift/mean_abs",
+    "drift/max_abs",
+    "drift/probability",
     "learner/computed_tokens",
     "learner/flat_tokens",
     "learner/unique_tokens",
@@ -34,8 +37,8 @@ FIGURES = (
 
 `loss/policy`, `loss/value` and `loss/grad_norm` (before it is scaled down) are means over the steps of the last pass over the
 batch, `loss/clip_share`, `loss/kl` (old minus current log-prob), `loss/reference_kl` and `loss/entropy` means over its tokens,
-in nats; entropy is exact if there is a bonus, else estimated from the sampled tokens. `importance/*` and
-`critic/explained_variance` are from before the first step. `learner/*_tokens` add up the steps of the last pass;
+in nats; entropy is exact if there is a bonus, else estimated from the sampled tokens. `importance/*`, `drift/*`
+and `critic/explained_variance` are from before the first step. `learner/*_tokens` add up the steps of the last pass;
 `learner/skipped` counts the steps of all passes that were not finite.
 """
 
@@ -45,8 +48,8 @@ def figure_names(config: LearnerConfig) -> tuple[str, ...]:
     absent: list[str] = []
     if not config.kl_coef:
         absent.append("loss/reference_kl")
-    if config.importance == "none":
-        absent.append("importance/")
+    if config.importance != "truncated":
+        absent += ["importance/", "drift/"]
     if config.estimator != "gae":
         absent += ["loss/value", "critic/"]
     return tuple(name for name in FIGURES if not name.startswith(tuple(absent)))

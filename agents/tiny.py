@@ -74,7 +74,9 @@ def build_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> PreTrain
     return fast
 
 
-def build_model(vocab_size: int, *, width: int = 128, layers: int = 3, heads: int = 4, seed: int = 0) -> Any:
+def build_model(
+    vocab_size: int, *, width: int = 128, layers: int = 3, heads: int = 4, seed: int = 0, end_id: int | None = None
+) -> Any:
     """Returns a Qwen3 model with random weights.
 
     Args:
@@ -83,6 +85,7 @@ def build_model(vocab_size: int, *, width: int = 128, layers: int = 3, heads: in
         layers: Number of layers.
         heads: Attention heads, each with its own keys and values (sharing them saves nothing at this size).
         seed: Seeds the weights.
+        end_id: Token that ends a turn, for servers that look for it in the model's configuration.
     """
     config = Qwen3Config(
         vocab_size=vocab_size,
@@ -94,6 +97,7 @@ def build_model(vocab_size: int, *, width: int = 128, layers: int = 3, heads: in
         head_dim=width // heads,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
+        eos_token_id=end_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -25,10 +25,12 @@ from agents.interrupt import Interrupt
 from agents.learner import Learner
 from agents.lora import add_adapters, saved_part
 from agents.models import load_model
-from agents.policies import TransformersPolicy, collect
-from agents.reference import check_vocabulary, make_reference
+from agents.policies import collect
+from agents.policies.make import make_trainable
+from agents.reference import make_reference
 from agents.runlog import CONFIG, METRICS, RunLog, read_jsonl
 from agents.tasks import TaskDeck, eval_task_ids
+from agents.tokenizer_checks import check_vocabulary
 from allocation import Ledger, Tree, TreeAllocationWrapper, make_allocator, make_predictor
 from allocation.methods.predicted import PredictedAllocator
 from allocation.tree_record import tree_record
@@ -94,16 +96,14 @@ class Trainer:
             group_size=config.group_size,
             config=config.trace_plus if config.allocator == "trace_plus" else config.trace,
         )
-        self.policy = TransformersPolicy(
-            self.model,
-            self.tokenizer,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            seed=config.seed,
-            entropy=self.allocator.uses_entropy,
-        )
         self.rng = np.random.default_rng([config.seed, 0x7AC3])
         with contextlib.ExitStack() as opened:
+            self.policy = opened.enter_context(
+                contextlib.closing(
+                    make_trainable(config, self.model, self.tokenizer, entropy=self.allocator.uses_entropy)
+                )
+            )
+            predicted = isinstance(self.allocator, PredictedAllocator)
             envs = opened.enter_context(
                 contextlib.closing(make_vector(config.env_id, config.num_envs, self.env_kwargs))
             )
@@ -113,11 +113,12 @@ class Trainer:
                 allocator=self.allocator,
                 budget=config.budget,
                 roots=self.deck,
-                encode=self.policy.encode if isinstance(self.allocator, PredictedAllocator) else None,
+                encode=self.policy.encode if self.policy.gives_features and predicted else None,
             )
             self.log = opened.enter_context(RunLog(config.directory, resume=resume, trackers=config.trackers))
             if checkpoint is not None:
                 self._load(checkpoint)
+                self.policy.sync(self.model, self.update)
             self.log.write_config(to_dict(config))
             self._opened = opened.pop_all()
 
@@ -134,15 +135,23 @@ class Trainer:
         rolled = time.perf_counter()
         self._learning = True
         learned = self.learner.update(forest)
-        self.policy.reset_cache()
         updated = time.perf_counter()
+        synced = self.policy.sync(self.model, self.update + 1)
+        allocated = time.perf_counter()
         allocation = self.allocator.update(forest)
         self.update += 1
         self.total.add(forest.ledger)
         end = time.perf_counter()
-        record = {"update": self.update, **batch_figures(forest), **learned.figures, **allocation}
+        record = {
+            "update": self.update,
+            **batch_figures(forest, self.update - 1),
+            **learned.figures,
+            **synced,
+            **allocation,
+        }
         record |= {f"time/{k}": v for k, v in forest.ledger.seconds.items()}
-        record |= {"time/rollout": rolled - start, "time/update": updated - rolled, "time/predictor": end - updated}
+        record |= {"time/rollout": rolled - start, "time/update": updated - rolled, "time/predictor": end - allocated}
+        record |= {"time/sync": allocated - updated} if synced else {}
         advantages = learned.table.per_tree(learned.credit.advantage)
         for tree, advantage in list(zip(forest, advantages, strict=True))[: self.config.log_trees]:
             self.log.log_tree({"update": self.update, **_task_record(tree), **tree_record(tree, advantage)})
@@ -200,13 +209,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, Any]:
         start = time.perf_counter()
         # A policy of its own: evaluation must not move the generator that training samples from.
-        policy = TransformersPolicy(
-            self.model,
-            self.tokenizer,
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
-            seed=self.config.seed + 1,
-        )
+        policy = self.policy.sibling(seed=self.config.seed + 1)
         kwargs = {**self.env_kwargs, "split": self.config.eval_split}
         record = evaluate(
             policy, self.config.env_id, kwargs, eval_task_ids(self.config.env_id, kwargs, self.config.eval_per_hop)
@@ -231,13 +234,13 @@ class Trainer:
         return {
             "deck": self.deck.state_dict(),
             "rng": self.rng.bit_generator.state,
-            "sampling": self.policy.generator.get_state(),
+            "sampling": self.policy.state_dict(),
         }
 
     def _set_streams(self, state: dict[str, Any]) -> None:
         self.deck.load_state_dict(state["deck"])
         self.rng.bit_generator.state = state["rng"]
-        self.policy.generator.set_state(state["sampling"])
+        self.policy.load_state_dict(state["sampling"])
 
     def save(self) -> None:
         """Writes a checkpoint."""
@@ -286,6 +289,7 @@ class Trainer:
 
     def _predictor(self) -> Any:
         """Returns what predicts success: the critic itself, or a model of its own."""
+        assert self.config.predictor is not None, "the settings were resolved"
         if self.config.predictor == "critic":
             assert self.learner.critic is not None, "the settings were checked"
             return CriticPredictor(self.learner.critic)

@@ -211,7 +211,14 @@ def warm_start(
     directory = Path(directory)
     env = MultiHopQAEnv(split="train", **config.env)
     tokenizer = build_tokenizer(tokenizer_texts(env.dataset), vocab_size=config.vocab_size)
-    model = build_model(len(tokenizer), width=config.width, layers=config.layers, heads=config.heads, seed=config.seed)
+    model = build_model(
+        len(tokenizer),
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        seed=config.seed,
+        end_id=int(tokenizer.eos_token_id),
+    )
     batches = _Batches(config, env, tokenizer)
     done = 0
     for number, phase in enumerate(config.phases, 1):

@@ -10,7 +10,8 @@ from allocation.methods.uniform import UniformAllocator
 from allocation.predictor import Predictor
 from allocation.predictors import PREDICTORS, HiddenStatePredictor, MeanPredictor, make_predictor
 from allocation.runner import AsyncRunner, RolloutError
-from allocation.tree import Forest, Node, Root, Sample, Tree
+from allocation.sample import Sample
+from allocation.tree import Forest, Node, Root, Tree
 from allocation.verify import ForestVerificationError
 from allocation.wrapper import TreeAllocationWrapper
 

@@ -20,9 +20,12 @@ from typing import Any
 import numpy as np
 
 from allocation.batching import value
+from allocation.conversations import keep_messages, keep_opening
+from allocation.endings import Ended
 from allocation.methods.base import Allocator
+from allocation.sample import Sample
 from allocation.scheduler import Job, Scheduler
-from allocation.tree import Forest, Node, Root, Sample, Tree, total_reward
+from allocation.tree import Forest, Node, Root, Tree, total_reward
 from trace_envs.slots import Result, Slots
 
 MAX_SEED = 2**31 - 1
@@ -38,6 +41,8 @@ class Context:
         node: The prefix to act from; `tree.path(node)` leads to it from the root.
         observation: The environment's last observation.
         info: The environment's last info (`messages`, `tools`, ... for the environments of this package).
+        seed: Seed of the rollout that asks, the same whatever the order in which rollouts ask; `None` for a prefix of no
+            rollout.
     """
 
     slot: int
@@ -45,6 +50,7 @@ class Context:
     node: Node
     observation: Any
     info: dict[str, Any]
+    seed: int | None = None
 
 
 Encode = Callable[[Sequence[Context]], tuple[np.ndarray, int]]
@@ -66,7 +72,7 @@ class Rollout:
     @property
     def context(self) -> Context:
         """What a policy has to act on."""
-        return Context(self.slot, self.job.tree, self.node, self.observation, self.info)
+        return Context(self.slot, self.job.tree, self.node, self.observation, self.info, self.seed)
 
     @property
     def where(self) -> str:
@@ -181,6 +187,7 @@ class Collection:
         key = str(opened.info.get("task_id", root.seed))
         tree = Tree(key, -1, opened.observation, known, start=root, carried=opened.carried)
         tree.root.snapshot, tree.root.info = opened.snapshot, opened.info
+        keep_opening(tree, opened.info)
         return Context(slot, tree, tree.root, opened.observation, opened.info)
 
     @property
@@ -288,21 +295,40 @@ class Collection:
         for rollout in ended:  # once all edges are there: the verdict may raise
             node = rollout.node
             try:
-                node.is_correct = bool(self._success(rollout.total_reward, rollout.info))
+                # Without an answer of the environment there is nothing to judge.
+                unanswered = isinstance(rollout.info, Ended)
+                node.is_correct = not unanswered and bool(self._success(rollout.total_reward, rollout.info))
             except Exception as error:
                 error.add_note(f"in {rollout.where}: the end of the episode")
                 raise
             node.components = rollout.info.get("reward_components")
+            keep_messages(rollout.job.tree, node, rollout.info, answered=not unanswered)
+            if node.sample is not None and not node.sample.acted:
+                ledger.unacted += 1
+                ledger.environment_turns -= 1
             self._finish(rollout.job)
         return ended
 
     def _count(self, tree: Tree, parent: Node, sample: Sample) -> None:
         """Counts the tokens of a sample, and keeps what it says about the prefix that it left."""
         ledger = self.forest.ledger
-        if parent.context_ids is None:
+        if sample.finish_reason == "error":
+            pass  # where no answer came, nothing is known of the prefix
+        elif parent.context_ids is None:
             parent.context_ids, parent.features = sample.context_ids, sample.features
-        ledger.generated_tokens += len(sample.action_ids)
+        elif sample.context_ids is not parent.context_ids and not np.array_equal(
+            sample.context_ids, parent.context_ids
+        ):
+            raise ValueError(
+                f"two actions at node {parent.id} of tree {tree.key!r} were sampled after different context_ids "
+                f"({len(parent.context_ids)} and {len(sample.context_ids)} ids): a policy must show a prefix in the same "
+                "tokens each time"
+            )
         ledger.prefilled_tokens += sample.prefilled
+        if sample.generated is not None:  # an engine that counts and gives no ids: what it reused is its own business
+            ledger.generated_tokens += sample.generated
+            return
+        ledger.generated_tokens += len(sample.action_ids)
         if len(sample.action_ids) or sample.prefilled:  # neither: the context did not fit, so nothing was reused
             ledger.cached_tokens += sum(n.num_tokens for n in tree.path(parent)) - sample.prefilled
 

@@ -32,6 +32,7 @@ class Ledger:
         restores: Snapshots restored.
         replayed_turns: Environment turns repeated only to restore a state.
         timeouts: Environment turns that were given up because no answer came in time.
+        unacted: Rollouts that ended because the policy had no action: no room in its context, or no answer of its engine.
         seconds: Wall-clock by phase, in seconds; never part of a comparison between runs.
     """
 
@@ -53,6 +54,7 @@ class Ledger:
     restores: int = 0
     replayed_turns: int = 0
     timeouts: int = 0
+    unacted: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:

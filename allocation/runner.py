@@ -34,10 +34,12 @@ from allocation.allocators import make_allocator
 from allocation.asking import AsyncFunction, AsyncPolicy, Batches, BatchPolicy, RolloutError, act_of, blamed, error_at
 from allocation.batching import value
 from allocation.collection import Collection, Encode, Rollout, Success, default_success, random_seeds
+from allocation.endings import Ended, end_without_action, end_without_answer
 from allocation.methods.base import Allocator
 from allocation.predictor import Predictor
+from allocation.sample import TIMED_OUT, Sample
 from allocation.threads import Worker
-from allocation.tree import TIMED_OUT, Forest, Root, Sample
+from allocation.tree import Forest, Root
 from trace_envs.slots import LocalSlots, Result, SlotError, Slots, make_slots
 
 __all__ = ["AsyncPolicy", "AsyncRunner", "BatchPolicy", "RolloutError"]
@@ -177,7 +179,7 @@ class AsyncRunner:
             self._rng = np.random.default_rng(seed)
         rng = self._rng
         collection = Collection(
-            self.slots, self.allocator, self.budget, rng, success=self._judge, keep_snapshots=self._keep_snapshots
+            self.slots, self.allocator, self.budget, rng, success=self._success, keep_snapshots=self._keep_snapshots
         )
         self.forest = collection.forest
         usable = await self._usable()
@@ -202,9 +204,6 @@ class AsyncRunner:
                 if tree.finished:
                     tree.sort()
         return self.forest
-
-    def _judge(self, total_reward: float, info: dict[str, Any]) -> bool:
-        return not isinstance(info, _Unanswered) and self._success(total_reward, info)
 
     async def _usable(self) -> list[int]:
         """Returns the slots that can be used; replaces environments that are in the middle of something, or broken."""
@@ -299,13 +298,17 @@ class _Run:
         while not over:
             answer = await self._ask(rollout)
             action, sample = (answer.text, answer) if isinstance(answer, Sample) else (value(answer), None)
-            # The environment gets a copy: it may change its argument, which is still to be recorded.
-            result = await self._step(rollout, value(action))
+            if sample is not None and not sample.acted:
+                result = end_without_action(rollout, sample)
+            else:
+                # The environment gets a copy: it may change its argument, which is still to be recorded.
+                result = await self._step(rollout, value(action))
             with blamed(rollout, 0, "the verdict on the episode"):
                 over = self._collection.record(rollout, action, sample, result)
         self._more.set()
         self._more = asyncio.Event()
-        return not isinstance(result.info, _Unanswered) or await self._runner._replace(rollout.slot)
+        hangs = isinstance(result.info, Ended) and (sample is None or sample.acted)
+        return not hangs or await self._runner._replace(rollout.slot)
 
     async def _restore(self, rollout: Rollout) -> None:
         runner, node = self._runner, rollout.node
@@ -346,13 +349,4 @@ class _Run:
                     raise error_at(rollout, rollout.node.depth + 1, sentence) from error
         self._ledger.timeouts += 1
         logger.warning("tree %r, turn %d: %s", rollout.job.tree.key, rollout.node.depth + 1, sentence)
-        observation = sentence if isinstance(rollout.observation, str) else rollout.observation
-        return Result(observation, 0.0, False, True, _Unanswered.after(rollout.info), None)
-
-
-class _Unanswered(dict[str, Any]):
-    """The info of a step that was given up."""
-
-    @classmethod
-    def after(cls, info: dict[str, Any]) -> _Unanswered:
-        return cls(info, is_correct=False, tool_error=False, reward_components=dict(TIMED_OUT))
+        return end_without_answer(rollout, TIMED_OUT, sentence)

@@ -16,42 +16,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from allocation.ledger import Ledger
+from allocation.sample import Sample
 
 if TYPE_CHECKING:
     import gymnasium as gym
+    from datasets import Dataset
     from gymnasium.vector import VectorEnv
 
+    from allocation.export.rows import RolloutRecord
     from allocation.verify import VerifyReport
     from trace_envs.slots import Slots
 
 Origin = Literal["root", "continuation"]
-TIMED_OUT = {"timed_out": 1.0}
-"""Components of the outcome of a rollout that was ended because its environment did not answer in time."""
-
-
-@dataclass(slots=True)
-class Sample:
-    """One action as a policy sampled it; ids and log-probs are the truth, the text is derived.
-
-    Attributes:
-        text: What the environment is given.
-        action_ids: Sampled token ids, int64 [n], the end-of-turn token included if it was sampled.
-        logprobs: Log-probabilities under the sampling distribution, float32 [n], in nats.
-        context_ids: Token ids that the policy was shown since the parent's action (the whole prompt at a root), int64 [c].
-        features: Last hidden state at the end of the prefix, float32 [d], or `None` from an engine that gives none.
-        finish_reason: `stop`, or `length` when the token limit cut the action.
-        prefilled: Context tokens that were really computed for this call (the rest came from a cache).
-        entropy: Mean entropy of the sampled positions, in nats; `None` where the engine gives none.
-    """
-
-    text: str
-    action_ids: np.ndarray
-    logprobs: np.ndarray
-    context_ids: np.ndarray
-    features: np.ndarray | None = None
-    finish_reason: str = "stop"
-    prefilled: int = 0
-    entropy: float | None = None
 
 
 @dataclass(slots=True)
@@ -80,6 +56,8 @@ class Node:
         tool_error: Whether this turn was one.
         components: Named scores of the outcome, where the environment gives them at the end.
         predicted: Predicted chance of success when the allocator last looked; `None` if it never did.
+        messages: What the environment told the agent in this turn, as chat messages (the whole opening at the root); `None`
+            where it keeps no conversation, and before a rollout through here has ended.
     """
 
     id: int
@@ -103,6 +81,7 @@ class Node:
     tool_error: bool = False
     components: Mapping[str, float] | None = None
     predicted: float | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
 
     @property
     def terminal(self) -> bool:
@@ -150,6 +129,7 @@ class Tree:
             planning that saw the outcomes of the phases before it. A tree that no scheduler planned has one phase of root
             rollouts and one of continuations.
         loss_weight: What the tree counts in the loss; 1 is its even share, 0 leaves it out (`Allocator.loss_weights`).
+        tools: Schemas of the tools that the agent was offered; empty where the environment reports none.
         finished: Whether all of them have ended and none will be added; what was kept to branch the tree may go then.
     """
 
@@ -173,6 +153,7 @@ class Tree:
         self.num_rollouts = 0
         self._phases: list[int] | None = None
         self.loss_weight = 1.0
+        self.tools: tuple[Mapping[str, Any], ...] = ()
         self.finished = False
 
     @property
@@ -243,6 +224,11 @@ class Tree:
             node = self.nodes[node.parent]
             path.append(node)
         return path[::-1]
+
+    def full(self, node: Node) -> bool:
+        """Returns whether a policy found no room for an action after a prefix: no rollout from there can go on."""
+        followed = (self.nodes[child].sample for child in node.children)
+        return any(sample is not None and sample.finish_reason == "context" for sample in followed)
 
     def leaves(self, origin: Origin | None = None) -> list[Node]:
         """Returns the terminals, those of one origin only if it is named."""
@@ -357,6 +343,25 @@ class Forest:
         from allocation.verify import verify  # which imports this module
 
         return verify(self, envs, success=success)
+
+    def rollouts(self, advantages: np.ndarray | None = None) -> list[RolloutRecord]:
+        """Returns a record of every finished rollout, for `allocation.export`; see `export.rows.rollout_records`."""
+        from allocation.export.rows import rollout_records  # which imports this module
+
+        return rollout_records(self, advantages)
+
+    def to_dataset(self, advantages: np.ndarray | None = None) -> Dataset:
+        """Returns the finished rollouts as a `datasets.Dataset`, a row each; see `allocation.export.datasets`.
+
+        Args:
+            advantages: Advantage of the edge into each node, float [nodes of all trees], roots included.
+
+        Raises:
+            ImportError: The package `datasets` is not installed.
+        """
+        from allocation.export.datasets import to_dataset
+
+        return to_dataset(self.rollouts(advantages))
 
     def effective_ratio(self, origin: Origin | None = None) -> float:
         """Returns the share of prompts with both successes and failures among their terminals.

@@ -14,7 +14,7 @@ from allocation.tree import Tree
 FORMAT_VERSION = 1
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Returns a text as it is and anything else as its `repr`; a number of NumPy's looks like any other."""
     if isinstance(value, np.generic):
         value = value.item()
@@ -40,8 +40,8 @@ def tree_record(tree: Tree, advantages: np.ndarray | None = None) -> dict[str, A
             "depth": n.depth,
             "origin": n.origin,
             "rollout": n.rollout,
-            "action": _text(n.action),
-            "observation": _text(n.observation),
+            "action": as_text(n.action),
+            "observation": as_text(n.observation),
             "predicted": number(n.predicted),
             "value": number(values[n.id]),
             "weight": number(weights[n.id]),
@@ -52,6 +52,8 @@ def tree_record(tree: Tree, advantages: np.ndarray | None = None) -> dict[str, A
             "truncated": n.truncated,
             "tool_error": n.tool_error,
             "tokens": 0 if n.sample is None else len(n.sample.action_ids),
+            "finish_reason": None if n.sample is None else n.sample.finish_reason,
+            "policy_version": None if n.sample is None else n.sample.version,
         }
         for n in tree.nodes
     ]

@@ -18,7 +18,8 @@ import gymnasium as gym
 from gymnasium.vector import VectorEnv
 
 from allocation.batching import value
-from allocation.tree import TIMED_OUT, Forest, Node, Tree, total_reward
+from allocation.sample import TIMED_OUT
+from allocation.tree import Forest, Node, Tree, total_reward
 from trace_envs.slots import LocalSlots, Opened, Result, Slots, make_slots
 from trace_envs.snapshots.compare import difference
 
@@ -165,9 +166,11 @@ def _paths(forest: Forest) -> Iterator[_Walk]:
     for tree in forest:
         for node in tree.nodes:
             if not node.children:
-                # A step that ran out of time has no result to compare, and may take as long again.
+                # A step that ran out of time has no result to compare, and may take as long again; without an action there
+                # was none.
                 timed_out = node.truncated and node.components == TIMED_OUT
-                yield _Walk(tree, tree.path(node)[: -1 if timed_out else None])
+                unacted = node.sample is not None and not node.sample.acted
+                yield _Walk(tree, tree.path(node)[: -1 if timed_out or unacted else None])
 
 
 def _begin(slots: Slots, slot: int, walk: _Walk) -> None:

@@ -33,10 +33,12 @@ from allocation.collection import (
     default_success,
     random_seeds,
 )
+from allocation.endings import end_without_action
 from allocation.methods.base import Allocator
 from allocation.positions import Positions
 from allocation.predictor import Predictor
-from allocation.tree import Forest, Sample
+from allocation.sample import Sample
+from allocation.tree import Forest
 from trace_envs.slots import Result, Slots, make_slots
 from trace_envs.snapshots.adapters.kinds import ATOMS
 
@@ -193,7 +195,7 @@ class TreeAllocationWrapper(VectorEnv):
             given, own = [value(action) for action in given], [value(action) for action in given]
         self._collection = None  # If anything raises, slots and forest no longer agree.
         try:
-            by_slot = self.slots.step(dict(zip(live, own, strict=True)), self._keep)
+            by_slot = self._step(dict(zip(live, own, strict=True)), samples)
         except Exception as error:
             self._locate(error, list(live.values()))
             raise
@@ -215,6 +217,15 @@ class TreeAllocationWrapper(VectorEnv):
             self._fill(collection, list(final))
         self._collection = collection
         return rewards, terminated, truncated, final
+
+    def _step(self, actions: dict[int, Any], samples: Sequence[Sample | None] | None) -> dict[int, Result]:
+        """Steps the environments, but for those whose policy has no action: their rollouts end."""
+        silent = {} if samples is None else {i: s for i in actions if (s := samples[i]) is not None and not s.acted}
+        if not silent:
+            return self.slots.step(actions, self._keep)
+        acting = {i: action for i, action in actions.items() if i not in silent}
+        results = self.slots.step(acting, self._keep) if acting else {}
+        return {i: end_without_action(self._live[i], silent[i]) if i in silent else results[i] for i in actions}
 
     def close_extras(self, **kwargs: Any) -> None:
         """Closes the environments."""

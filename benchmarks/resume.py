@@ -43,7 +43,7 @@ from benchmarks import config_of, versions
 KINDS = ("any", "checkpoint", "any", "evaluation", "any", "checkpoint", "any", "start-up")
 """What kills are aimed at, in turn."""
 
-COMPARED = ("model.safetensors", "trainer.safetensors", "trainer.json")
+COMPARED = ("model.safetensors", "trainer.arrays", "trainer.json")
 """Files of the last checkpoint that must be the same."""
 
 

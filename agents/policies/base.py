@@ -1,12 +1,15 @@
 """What a policy is: it is given prefixes and returns one action for each.
 
-Invariant: a policy never changes a tree; what it computed travels in the `Sample` that it returns.
+Invariant: a policy never changes a tree; what it computed travels in the `Sample` that it returns. A prefix that it has no
+action for gets a `Sample` that says why (`Sample.acted`), never an exception.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from allocation import Context, Forest, Sample, TreeAllocationWrapper
 
@@ -16,6 +19,54 @@ class Policy(Protocol):
 
     def act(self, contexts: Sequence[Context]) -> list[Sample]:
         """Returns one sampled action for each context, in order."""
+        ...
+
+
+class TrainablePolicy(Policy, Protocol):
+    """What a trainer asks of a policy besides actions.
+
+    Attributes:
+        gives_features: Whether samples carry hidden states and `encode` works.
+        version: Updates that the weights have seen which it samples with; every sample carries it.
+    """
+
+    gives_features: bool
+    version: int
+
+    def encode(self, contexts: Sequence[Context]) -> tuple[np.ndarray, int]:
+        """Returns the hidden state at the end of each context, float32 [n, d], and the number of tokens computed.
+
+        Raises:
+            NotImplementedError: The engine gives no hidden states.
+        """
+        ...
+
+    def sync(self, model: Any, version: int) -> dict[str, float]:
+        """Takes over weights that have changed, and forgets every key and value that others gave.
+
+        Args:
+            model: The learner's model.
+            version: Updates that it has seen.
+
+        Returns:
+            Figures for the log, such as `engine/moved`.
+        """
+        ...
+
+    def sibling(self, *, seed: int, temperature: float | None = None) -> TrainablePolicy:
+        """Returns a policy on the same weights with a random stream (and, if it is given, a temperature) of its own."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the next sample depends on besides the weights and the seed."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the engine holds; its siblings end with it."""
         ...
 
 

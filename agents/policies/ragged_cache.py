@@ -6,9 +6,14 @@ between a row's tokens, so a row can be cut out, stored, and laid into another b
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
+
+# Places that may be left empty where rows of different lengths are computed together: a number, and a share of the tokens.
+EMPTY_PLACES, EMPTY_SHARE = 32, 0.05
 
 
 class _RaggedLayer(CacheLayerMixin):
@@ -29,6 +34,8 @@ class _RaggedLayer(CacheLayerMixin):
         owner = self._owner
         data = owner.reserve(key_states)
         keys, values = data[2 * self._index], data[2 * self._index + 1]
+        # Under autocast a model that normalises keys gives them in more bits than values.
+        value_states = value_states.to(values.dtype)
         if key_states.shape[2] == 1:
             keys[owner.rows, :, owner.lengths] = key_states[:, :, 0]
             values[owner.rows, :, owner.lengths] = value_states[:, :, 0]
@@ -84,6 +91,10 @@ class RaggedCache(Cache):
             self.data = torch.zeros(shape, dtype=like.dtype, device=like.device)
         return self.data
 
+    def part(self, start: int, stop: int) -> RaggedCache:
+        """Returns the rows [start, stop) as a cache of their own, on the same memory; lengths are not written back."""
+        return _Part(self, start, stop)
+
     def lay(self, row: int, start: int, segment: torch.Tensor) -> None:
         """Copies a stored segment, float [2 * layers, heads, n, dim], into a row from position `start`."""
         if self.data is None:
@@ -96,18 +107,24 @@ class RaggedCache(Cache):
         assert self.data is not None
         return self.data[:, row, :, start:stop].clone()
 
-    def prepare(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns mask and positions for `new` tokens a row, at most.
+    def prepare(self, new: int, window: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns masks and positions for `new` tokens a row, at most.
+
+        Args:
+            new: Tokens a row.
+            window: Keys that a layer with sliding attention sees, the token's own included; `None` for all.
 
         Returns:
-            Boolean mask [rows, 1, new, width] (true: attend) and positions int64 [rows, new].
+            Boolean masks [rows, 1, new, width] (true: attend), in full and within the window, and positions int64 [rows, new].
         """
         position = self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
         self.width = int(self.lengths.max()) + new
-        mask = torch.arange(self.width, device=self.lengths.device) <= position[:, :, None]
+        key = torch.arange(self.width, device=self.lengths.device)
+        mask = key <= position[:, :, None]
+        near = mask if window is None else mask & (key > position[:, :, None] - window)
         # Only padding and rows that have ended come to lie further back; where does not matter, but a learned embedding has
         # to have the position.
-        return mask[:, None], position.clamp(max=self.max_length - 1)
+        return mask[:, None], near[:, None], position.clamp(max=self.max_length - 1)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps (or repeats) the given rows, in their order."""
@@ -115,3 +132,33 @@ class RaggedCache(Cache):
         self.data = self.data.index_select(1, rows)
         self.lengths = self.lengths.index_select(0, rows)
         self.rows = torch.arange(len(rows), device=rows.device)
+
+
+class _Part(RaggedCache):
+    """Some rows of another cache."""
+
+    def __init__(self, whole: RaggedCache, start: int, stop: int):
+        super().__init__(len(whole.layers), whole.lengths[start:stop], whole.capacity, whole.max_length)
+        self._whole, self._start, self._stop = whole, start, stop
+
+    def reserve(self, like: torch.Tensor) -> torch.Tensor:
+        if self.data is None:
+            rows = like.new_empty(len(self._whole.lengths), like.shape[1], 1, like.shape[3])
+            self.data = self._whole.reserve(rows)[:, self._start : self._stop]
+        return self.data
+
+
+def similar(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yields ranges of rows that are computed together.
+
+    Args:
+        counts: New tokens of each row, falling.
+    """
+    start, tokens = 0, 0
+    for row, count in enumerate(counts):
+        empty = counts[start] * (row + 1 - start) - tokens - count
+        if empty > max(EMPTY_PLACES, EMPTY_SHARE * (tokens + count)):
+            yield start, row
+            start, tokens = row, 0
+        tokens += count
+    yield start, len(counts)

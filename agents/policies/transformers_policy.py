@@ -11,20 +11,27 @@ until the weights change (`reset_cache`).
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from agents.policies.chat import ChatCodec, new_messages
-from agents.policies.ragged_cache import RaggedCache
+from agents.policies.attention_kinds import attention_of
+from agents.policies.chat import ChatCodec
+from agents.policies.drawing import StopStrings, draw
+from agents.policies.paths import NO_IDS, context_ids, path_length, segment_ids
+from agents.policies.ragged_cache import RaggedCache, similar
+from agents.policies.sampling import Sampling
+from agents.tokenizer_checks import check_tokenizer, model_stop_ids
 from allocation import Context, Sample, Tree
 
 # Rows that have finished are dropped from the batch once they make up this share of it: dropping copies the cache.
-COMPACT_SHARE = 0.4
+COMPACT_SHARE = 0.2
 
 
 class TransformersPolicy:
@@ -33,13 +40,24 @@ class TransformersPolicy:
     Args:
         model: A transformers causal language model; it is put into evaluation mode while sampling.
         tokenizer: Its tokenizer, with a chat template.
-        max_new_tokens: Token limit of one action.
-        temperature: 0 is greedy. Log-probs are those of the distribution that was sampled from.
-        seed: Seeds the sampling.
+        max_new_tokens, temperature, top_p, top_k, stop, max_context, seed: See `Sampling`. Log-probs are those of the
+            distribution that was sampled from.
         batch_tokens: Most positions (rows times longest path) of one batch of decoding.
         entropy: Give each sample the mean entropy of the distributions that its tokens were drawn from, in nats (at temperature
             0, of the model's own), for allocators that go by it (`Allocator.uses_entropy`). Costs one pass over the logits.
+        compile: Compile the model's forward pass with `torch.compile`; the first turns take longer then.
+        template_kwargs: Passed to the chat template, such as `{"enable_thinking": False}`.
+
+    Attributes:
+        version: Updates that the weights have seen.
+        computed: Positions that went through the model so far: `prefill`, `decode` (sampled tokens that were fed back) and
+            `padding` (places of a batch that held nothing, or a row that had ended).
+
+    Raises:
+        ValueError: A setting is out of range, or the tokenizer and its template do not fit the model.
     """
+
+    gives_features = True
 
     def __init__(
         self,
@@ -48,18 +66,28 @@ class TransformersPolicy:
         *,
         max_new_tokens: int = 64,
         temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+        max_context: int | None = None,
         seed: int = 0,
         batch_tokens: int = 12_288,
         entropy: bool = False,
+        compile: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
     ):
-        if temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {temperature}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        self.model, self.codec = model, ChatCodec(tokenizer)
-        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        words = stop if isinstance(stop, str) else tuple(stop)
+        self.sampling = Sampling(max_new_tokens, temperature, top_p, top_k, words, max_context, seed)  # type: ignore[arg-type]
+        self.model, self.codec = model, ChatCodec(tokenizer, template_kwargs, model_stop_ids(model))
+        check_tokenizer(model, tokenizer, self.codec)
         self.batch_tokens, self.entropy = batch_tokens, entropy
-        self.max_length = int(getattr(model.config, "max_position_embeddings", 1 << 30))
+        longest = int(getattr(model.config, "max_position_embeddings", 1 << 30))
+        self.max_length = longest if max_context is None else min(longest, max_context)
+        self.version = 0
+        self.computed = {"prefill": 0, "decode": 0, "padding": 0}
+        self._stop = StopStrings(tokenizer, self.sampling.stop)
+        self._window, self._mixed = attention_of(model)
+        self._run = torch.compile(model, dynamic=True) if compile else model
         self.generator = torch.Generator(device=model.device).manual_seed(seed)
         self._num_layers = int(model.config.num_hidden_layers)
         self._segments: weakref.WeakKeyDictionary[Tree, dict[int, torch.Tensor]] = weakref.WeakKeyDictionary()
@@ -73,6 +101,42 @@ class TransformersPolicy:
         """Forgets all keys and values; call it when the weights have changed."""
         self._segments.clear()
         self._pending.clear()
+
+    def sync(self, model: Any, version: int) -> dict[str, float]:
+        """Forgets what the old weights gave; the new ones are in the model already.
+
+        Raises:
+            ValueError: The model is not the one that this policy samples from.
+        """
+        if model is not self.model:
+            raise ValueError(
+                "this policy samples from the model that it was made with; make another policy for another model"
+            )
+        self.reset_cache()
+        self.version = version
+        return {}
+
+    def sibling(self, *, seed: int, temperature: float | None = None) -> TransformersPolicy:
+        """Returns a policy on the same model with a random stream, a cache and, if it is given, a temperature of its own."""
+        other = copy.copy(self)
+        given = self.sampling.temperature if temperature is None else temperature
+        other.sampling = replace(self.sampling, seed=seed, temperature=given)
+        other.generator = torch.Generator(device=self.model.device).manual_seed(seed)
+        other.computed = dict.fromkeys(self.computed, 0)
+        other._segments, other._pending = weakref.WeakKeyDictionary(), {}
+        return other
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the next sample depends on besides the weights and the seed."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        self.generator.set_state(state["generator"])
+
+    def close(self) -> None:
+        """Frees all keys and values."""
+        self.reset_cache()
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
@@ -90,14 +154,14 @@ class TransformersPolicy:
         What was computed is kept for `act`. A context longer than the model's length is not computed; its state is zero.
         """
         out, computed = np.zeros((len(contexts), int(self.model.config.hidden_size)), np.float32), 0
-        ids = [self._context_ids(c) for c in contexts]
-        lengths = [self._path_length(c) + len(i) for c, i in zip(contexts, ids, strict=True)]
+        ids = [context_ids(self.codec, c) for c in contexts]
+        lengths = [path_length(c) + len(i) for c, i in zip(contexts, ids, strict=True)]
         fitting = [i for i, length in enumerate(lengths) if length <= self.max_length]
         with self._evaluation_mode():
             for start in range(0, len(fitting), 64):
                 chunk = fitting[start : start + 64]
-                _, _, hidden, counts = self._prefill([contexts[i] for i in chunk], [ids[i] for i in chunk])
-                out[chunk] = hidden.float().cpu().numpy()
+                _, place, _, hidden, counts = self._prefill([contexts[i] for i in chunk], [ids[i] for i in chunk])
+                out[chunk] = hidden.float().cpu().numpy()[place]
                 computed += sum(counts)
         return out, computed
 
@@ -106,27 +170,34 @@ class TransformersPolicy:
         """Samples one action for each context."""
         for tree in [t for t in self._segments if t.finished]:
             del self._segments[tree]
-        ids = [self._context_ids(c) for c in contexts]
-        lengths = [self._path_length(c) + len(i) for c, i in zip(contexts, ids, strict=True)]
+        ids = [context_ids(self.codec, c) for c in contexts]
+        lengths = [path_length(c) + len(i) for c, i in zip(contexts, ids, strict=True)]
         samples: dict[int, Sample] = {}
         with self._evaluation_mode():
             for batch in self._batches(contexts, lengths):
                 fitting = [i for i in batch if lengths[i] + 1 <= self.max_length]
                 for i in batch:
-                    if i not in fitting:
-                        nothing = np.zeros(0, dtype=np.int64)
-                        samples[i] = Sample("", nothing, nothing.astype(np.float32), ids[i], None, "length")
+                    if lengths[i] + 1 > self.max_length:
+                        samples[i] = self._no_room(ids[i], lengths[i])
                 if fitting:
                     acted = self._act([contexts[i] for i in fitting], [ids[i] for i in fitting])
                     samples |= dict(zip(fitting, acted, strict=True))
         return [samples[i] for i in range(len(contexts))]
+
+    def _no_room(self, shown: np.ndarray, length: int) -> Sample:
+        note = (
+            f"the {length} tokens of the episode leave no room for an action within {self.max_length} (max_context, or what "
+            "the model can take)"
+        )
+        nothing = np.zeros(0, dtype=np.float32)
+        return Sample("", NO_IDS, nothing, shown, finish_reason="context", version=self.version, note=note)
 
     def _batches(self, contexts: Sequence[Context], lengths: Sequence[int]) -> Iterator[list[int]]:
         """Yields indices in groups of similar length: every row of a batch pays for its longest one at every token."""
         order = sorted(range(len(contexts)), key=lambda i: (lengths[i], contexts[i].tree.index, contexts[i].node.id))
         batch: list[int] = []
         for i in order:
-            if batch and (len(batch) + 1) * (lengths[i] + self.max_new_tokens) > self.batch_tokens:
+            if batch and (len(batch) + 1) * (lengths[i] + self.sampling.max_new_tokens) > self.batch_tokens:
                 yield batch
                 batch = []
             batch.append(i)
@@ -144,17 +215,18 @@ class TransformersPolicy:
                 index[key] = len(first)
                 first.append(i)
             source.append(index[key])
-        cache, logits, hidden, prefilled = self._prefill([contexts[i] for i in first], [ids[i] for i in first])
-        if len(first) < len(contexts):
+        cache, place, logits, hidden, prefilled = self._prefill([contexts[i] for i in first], [ids[i] for i in first])
+        rows = [place[row] for row in source]
+        if rows != list(range(len(first))):
             # Several rollouts leave one prefix: repeat its row.
-            order = torch.tensor(source, device=logits.device)
+            order = torch.tensor(rows, device=logits.device)
             cache.select(order)
             logits = logits[order]
-        features = hidden.float().cpu().numpy()
+        features = hidden.float().cpu().numpy()[place]
         samples = []
         for i, (tokens, logprobs, entropies) in enumerate(self._decode(cache, logits, contexts)):
             row = source[i]
-            ended = tokens[-1] == self.codec.end_id
+            ended = tokens[-1] in self.codec.stop_ids or self._stop.hit(tokens)
             samples.append(
                 Sample(
                     self.codec.text_of(tokens),
@@ -165,46 +237,22 @@ class TransformersPolicy:
                     "stop" if ended else "length",
                     prefilled[row] if first[row] == i else 0,
                     float(np.mean(entropies)) if entropies else None,
+                    self.version,
                 )
             )
         return samples
 
-    # Tokens.
-
-    def _context_ids(self, context: Context) -> np.ndarray:
-        """Returns the ids shown at a node since the action that led to it."""
-        node = context.node
-        if node.context_ids is not None:
-            return node.context_ids
-        messages = context.info.get("messages")
-        if messages is None:
-            raise ValueError("this policy needs environments that give info['messages'] (OpenAI-style chat messages)")
-        if node.parent is None:
-            return self.codec.prompt_ids(messages, context.info.get("tools"))
-        assert node.sample is not None
-        action = node.sample.action_ids
-        ended = len(action) > 0 and int(action[-1]) == self.codec.end_id
-        return self.codec.delta_ids(new_messages(messages), ended=ended)
-
-    @staticmethod
-    def _path_length(context: Context) -> int:
-        """Returns the tokens on the path up to the node's action; its own context ids come on top."""
-        path = context.tree.path(context.node)
-        return sum(len(n.sample.action_ids) for n in path if n.sample is not None) + sum(
-            len(n.context_ids) for n in path[:-1] if n.context_ids is not None
-        )
-
     # Computation.
 
     def _forward(self, cache: RaggedCache, ids: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
-        mask, position = cache.prepare(ids.shape[1])
+        mask, near, position = cache.prepare(ids.shape[1], self._window)
         # The input of the output layer is the last hidden state, for every architecture. The hook is gone afterwards: the
         # learner's passes through the same model are not to be remembered, and the model may outlive this policy.
         hook = self.model.get_output_embeddings().register_forward_pre_hook(self._remember_hidden)
         try:
-            return self.model(
+            return self._run(
                 input_ids=ids,
-                attention_mask=mask,
+                attention_mask={"full_attention": mask, "sliding_attention": near} if self._mixed else near,
                 position_ids=position,
                 past_key_values=cache,
                 use_cache=True,
@@ -215,12 +263,12 @@ class TransformersPolicy:
 
     def _prefill(
         self, contexts: Sequence[Context], context_ids: Sequence[np.ndarray]
-    ) -> tuple[RaggedCache, torch.Tensor, torch.Tensor, list[int]]:
+    ) -> tuple[RaggedCache, list[int], torch.Tensor, torch.Tensor, list[int]]:
         """Computes what is new on each path.
 
         Returns:
-            The cache, the logits and hidden states at the end of each row ([n, vocabulary], [n, d]), and the number of tokens
-            computed for each row.
+            The cache; the row of each context in it; by row, logits and hidden states at the end ([n, vocabulary], [n, d]); by
+            context, the number of tokens computed.
         """
         known: list[list[torch.Tensor]] = []
         fresh: list[np.ndarray] = []
@@ -229,7 +277,7 @@ class TransformersPolicy:
             stored = self._segments.setdefault(context.tree, {})
             at = next((i for i, node in enumerate(path) if node.id not in stored), len(path))
             segments = [stored[node.id] for node in path[:at]]
-            todo = [_tokens_of(n, ids if n is context.node else None) for n in path[at:]]
+            todo = [segment_ids(n, ids if n is context.node else None) for n in path[at:]]
             if at == len(path):
                 # Everything is known but what follows the last token: feed that one again.
                 segments[-1] = segments[-1][:, :, :-1]
@@ -242,34 +290,47 @@ class TransformersPolicy:
             known.append(segments)
             fresh.append(np.concatenate(todo))
         device = self.model.device
+        # Rows of similar length are computed together, so they stand together.
+        order = sorted(range(len(fresh)), key=lambda i: -len(fresh[i]))
+        known, fresh = [known[i] for i in order], [fresh[i] for i in order]
         lengths = torch.tensor([sum(s.shape[2] for s in k) for k in known], device=device)
         counts = [len(f) for f in fresh]
-        longest = max(counts)
-        room = int(lengths.max()) + longest + self.max_new_tokens
+        room = int(lengths.max()) + counts[0] + self.sampling.max_new_tokens
         cache = RaggedCache(self._num_layers, lengths, room, self.max_length)
         for row, segments in enumerate(known):
             start = 0
             for segment in segments:
                 cache.lay(row, start, segment)
                 start += segment.shape[2]
-        inputs = torch.full((len(fresh), longest), self.codec.end_id, device=device)
-        for row, tokens in enumerate(fresh):
-            inputs[row, : len(tokens)] = torch.from_numpy(tokens)
-        last = torch.tensor([c - 1 for c in counts], device=device)
-        keep, where = torch.unique(last, return_inverse=True)
-        logits = self._forward(cache, inputs, keep)[cache.rows, where]
-        assert self._hidden is not None
-        hidden = self._hidden[cache.rows, where]
+        ends = [self._compute(cache.part(a, b), fresh[a:b]) for a, b in similar(counts)]
+        logits, hidden = (torch.cat(parts) for parts in zip(*ends, strict=True))
         cache.lengths = cache.lengths + torch.tensor(counts, device=device)
-        for row, (context, tokens) in enumerate(zip(contexts, context_ids, strict=True)):
+        for row, i in enumerate(order):
+            context, tokens = contexts[i], context_ids[i]
             stored = self._segments[context.tree]
             stop = int(cache.lengths[row])
             for node in reversed(context.tree.path(context.node)):
-                start = stop - len(_tokens_of(node, tokens if node is context.node else None))
+                start = stop - len(segment_ids(node, tokens if node is context.node else None))
                 if node.id not in stored:
                     stored[node.id] = cache.cut(row, start, stop)
                 stop = start
-        return cache, logits, hidden, counts
+        place = [0] * len(order)
+        for row, i in enumerate(order):
+            place[i] = row
+        return cache, place, logits, hidden, [counts[row] for row in place]
+
+    def _compute(self, cache: RaggedCache, fresh: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes new tokens of some rows; returns the logits and hidden states at their ends."""
+        counts, device = [len(f) for f in fresh], self.model.device
+        inputs = torch.full((len(fresh), max(counts)), self.codec.end_id, device=device)
+        for row, tokens in enumerate(fresh):
+            inputs[row, : len(tokens)] = torch.from_numpy(tokens)
+        self.computed["prefill"] += sum(counts)
+        self.computed["padding"] += inputs.numel() - sum(counts)
+        keep, where = torch.unique(torch.tensor([c - 1 for c in counts], device=device), return_inverse=True)
+        logits = self._forward(cache, inputs, keep)[cache.rows, where]
+        assert self._hidden is not None
+        return logits, self._hidden[cache.rows, where]
 
     def _pending_segment(self, context: Context) -> torch.Tensor | None:
         """Returns the keys and values of the action that led to a node, if this policy has just sampled it."""
@@ -290,8 +351,9 @@ class TransformersPolicy:
         start = cache.lengths.tolist()
         alive = list(range(n))
         in_batch = list(range(n))
-        for count in range(1, self.max_new_tokens + 1):
-            ids, lps, spread = self._sample(logits)
+        sampling, stop_ids = self.sampling, self.codec.stop_ids
+        for count in range(1, sampling.max_new_tokens + 1):
+            ids, lps, spread = draw(logits, sampling, self.generator, entropy=self.entropy)
             still = []
             for row, (t, lp) in enumerate(zip(ids.tolist(), lps.tolist(), strict=True)):
                 i = in_batch[row]
@@ -302,7 +364,8 @@ class TransformersPolicy:
                 if spread is not None:
                     entropies[i].append(spread[row])
                 room = start[i] + count + 1 <= self.max_length
-                if t == self.codec.end_id or count == self.max_new_tokens or not room:
+                ended = t in stop_ids or count == sampling.max_new_tokens or not room
+                if ended or self._stop.hit(tokens[i]):
                     context = contexts[i]
                     # The last token was sampled but not fed, so its keys are not there yet.
                     segment = cache.cut(row, start[i], start[i] + count - 1)
@@ -323,27 +386,8 @@ class TransformersPolicy:
                 cache.select(rows)
                 ids = ids[rows]
                 in_batch = [in_batch[r] for r in alive]
+            self.computed["decode"] += len(alive)
+            self.computed["padding"] += len(in_batch) - len(alive)
             logits = self._forward(cache, ids[:, None], 1)[:, -1]
             cache.lengths = cache.lengths + 1
         return list(zip(tokens, logprobs, entropies, strict=True))
-
-    def _sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[float] | None]:
-        """Draws one token a row; returns ids and log-probs, each [rows], and the rows' entropies where they are asked for."""
-        scaled = logits.float() / (self.temperature or 1.0)
-        logprobs = torch.log_softmax(scaled, -1)
-        if self.temperature == 0:
-            ids = logprobs.argmax(-1)
-        else:
-            # Inverse transform: one uniform number a row, where torch.multinomial draws one for each entry of the vocabulary.
-            cumulative = logprobs.exp().cumsum(-1)
-            drawn = torch.rand(len(logits), 1, generator=self.generator, device=logits.device) * cumulative[:, -1:]
-            ids = (cumulative <= drawn).sum(-1).clamp(max=logits.shape[-1] - 1)
-        entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist() if self.entropy else None
-        return ids, logprobs.gather(-1, ids[:, None])[:, 0], entropies
-
-
-def _tokens_of(node: Any, context_ids: np.ndarray | None) -> np.ndarray:
-    """Returns the ids of a node's segment: its action, then what the environment answered."""
-    action = node.sample.action_ids if node.sample is not None else np.zeros(0, dtype=np.int64)
-    context = node.context_ids if context_ids is None else context_ids
-    return np.concatenate([action, context])

@@ -27,8 +27,9 @@ import numpy as np
 from allocation.arena.dense import DenseForest
 from allocation.arena.measures import EdgeScores
 from allocation.roots import IntArray
+from allocation.sample import Sample
 from allocation.scheduler import Job
-from allocation.tree import Node, Sample, Tree
+from allocation.tree import Node, Tree
 
 
 class RecordedTree(Tree):

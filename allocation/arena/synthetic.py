@@ -27,8 +27,9 @@ from typing import NamedTuple
 import numpy as np
 
 from allocation.contrast import FloatArray
+from allocation.sample import Sample
 from allocation.scheduler import Job
-from allocation.tree import Node, Sample, Tree
+from allocation.tree import Node, Tree
 
 _normal: Callable[[float], float] = NormalDist().inv_cdf
 _NOISE_ROWS = 1 << 14

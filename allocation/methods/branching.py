@@ -229,7 +229,9 @@ def inner_prefixes(tree: Tree) -> list[Node]:
 
     That order, unlike the one of ids, does not depend on which rollout came first to its turn.
     """
-    return sorted((n for n in tree.nodes if n.depth and not n.terminal), key=lambda n: (n.rollout, n.depth))
+    return sorted(
+        (n for n in tree.nodes if n.depth and not n.terminal and not tree.full(n)), key=lambda n: (n.rollout, n.depth)
+    )
 
 
 def _trunks(tree: Tree) -> list[int]:

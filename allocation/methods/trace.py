@@ -153,7 +153,11 @@ class TraceAllocator(PredictedAllocator):
     ) -> list[tuple[int, int]]:
         """Prefix stage of one prompt."""
         config = self.config
-        inner = [n for n in tree.nodes if n.depth > 0 and not n.terminal and n.origin == "root" and n.children]
+        inner = [
+            n
+            for n in tree.nodes
+            if n.depth > 0 and not n.terminal and n.origin == "root" and n.children and not tree.full(n)
+        ]
         if config.prefix_mode == "none" or wave >= config.prefix_waves or not inner or not self._in_band(tree):
             return []
         inner.sort(key=lambda n: (n.rollout, n.depth))  # ties must not depend on which rollout came first to its turn

@@ -51,8 +51,8 @@ FILES = [
     "more/model.safetensors",
     "more/tok.json",
     "tok.json",
+    "trainer.arrays",
     "trainer.json",
-    "trainer.safetensors",
 ]
 DAMAGE = {
     "altered": lambda file, other: flip(file),
@@ -123,7 +123,7 @@ def rewritten(path, **header):
             lambda p: [(p / "trainer.json").write_text('{"x": {"__tensor__": "9:/x"}}'), rewritten(p)],
             "9:/x' is missing",
         ),
-        (lambda p: [(p / "trainer.safetensors").write_bytes(b"{}"), rewritten(p)], "header"),
+        (lambda p: [(p / "trainer.arrays").write_bytes(b"{}"), rewritten(p)], "header"),
     ],
 )
 def test_versions_runs_and_contents_are_checked(tmp_path, caplog, change, reason):

@@ -138,6 +138,18 @@ def test_what_a_model_wrote_stays_text(tmp_path: Path) -> None:
     assert "&lt;/script&gt;&lt;/pre&gt;&lt;img" in html and "&amp;amp;" in html
 
 
+@pytest.mark.parametrize(
+    ("reason", "shown"), [("context", "out of context"), ("error", "no answer of the policy"), ("stop", "out of turns")]
+)
+def test_a_truncated_end_says_what_it_ran_out_of(tmp_path: Path, reason: str, shown: str) -> None:
+    directory = make_run(tmp_path / "demo", updates=1, trees=0)
+    record = tree(1, 0, random.Random(0))
+    leaf = next(n for n in record["nodes"] if n["terminated"])
+    leaf |= {"terminated": False, "truncated": True, "is_correct": False, "finish_reason": reason}
+    (directory / "trees.jsonl").write_text(json.dumps(record) + "\n")
+    assert f"✗ {shown}<" in write_report(directory).read_text(encoding="utf-8")
+
+
 def test_a_run_name_and_config_stay_text(tmp_path: Path) -> None:
     directory = tmp_path / "<b>&run"
     with RunLog(directory) as log:

@@ -59,6 +59,18 @@ def test_the_forest_does_not_depend_on_delays(allocator, policy, options):
     assert_same(runner.run_sync(policy(delays=random_delays), seed=3), reference)
 
 
+@pytest.mark.parametrize("allocator", ["trace", "grpo"])
+def test_what_is_drawn_by_the_rollouts_seed_does_not_depend_on_delays(allocator):
+    def draw(context):
+        return int(np.random.default_rng([context.seed, context.node.depth]).integers(2))
+
+    common = {"budget": 48, "success": lambda total, info: total > 0.5}
+    reference = lock_step(vector(nothing, 5, as_dict=True), draw, 3, allocator=ALLOCATORS[allocator](), **common)
+    assert any(len({tree.nodes[c].action for c in tree.root.children}) > 1 for tree in reference)
+    runner = AsyncRunner(vector(random_delays, 7, as_dict=True), allocator=ALLOCATORS[allocator](), **common)
+    assert_same(runner.run_sync(Single(draw, delays=random_delays), seed=3), reference)
+
+
 def lock_action(context):
     """Turns the dial, listens, errs; what it heard (a click, by chance) changes what comes next."""
     rng = path_generator(context)

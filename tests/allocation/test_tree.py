@@ -20,7 +20,11 @@ def trees(draw, unfinished=True):
     def rollout(node, number, origin, ends):
         for _ in range(int(rng.integers(1, 5))):
             tokens = np.arange(rng.integers(0, 4))
-            sample = Sample("act", tokens, tokens.astype(np.float32), np.arange(2)) if rng.random() < 0.8 else None
+            sample = (
+                Sample("act", tokens, tokens.astype(np.float32), np.arange(2), version=7)
+                if rng.random() < 0.8
+                else None
+            )
             node = tree.add(node, number, origin, reward=float(rng.normal()), action="act", sample=sample)
         if ends:
             node.terminated = bool(rng.integers(2))
@@ -169,6 +173,8 @@ def test_a_record_is_plain_data_that_gives_the_tree_back(tree):
             node.truncated,
         )
         assert plain["tokens"] == (0 if node.sample is None else len(node.sample.action_ids))
+        sampled = (None, None) if node.sample is None else (node.sample.finish_reason, node.sample.version)
+        assert (plain["finish_reason"], plain["policy_version"]) == sampled
         if np.isnan(values[node.id]):
             assert plain["value"] is None
         else:

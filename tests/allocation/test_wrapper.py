@@ -174,6 +174,7 @@ def test_the_number_of_slots_does_not_change_the_forest(allocator):
             for context in envs.contexts():
                 # A function of (tree, rollout, turn), so that the rollouts of one prompt differ.
                 numbers = [context.tree.index, int(info["trace"]["rollout"][context.slot]), context.node.depth]
+                assert context.seed == context.tree.rollout_seeds[numbers[1]]
                 actions[context.slot] = int(np.random.default_rng(numbers).integers(2))
             _, _, _, _, info = envs.step(actions)
         for tree in envs.forest:

@@ -18,7 +18,7 @@ def add_rollout(tree, node, number, origin, rng, reward, length, finished=True):
     """Adds a path of `length` edges below `node`, each with a sampled turn of 1 to 4 tokens; returns its last node."""
     for turn in range(length):
         ids = np.arange(int(rng.integers(1, 5)))
-        sample = Sample("a", ids, -0.1 * ids.astype(np.float32), np.arange(2))
+        sample = Sample("a", ids, -0.1 * ids.astype(np.float32), np.arange(2), version=number)
         last = turn == length - 1 and finished
         node = tree.add(
             node,

@@ -14,7 +14,7 @@ from agents.learner_config import LearnerConfig, LoraConfig
         ({"aggregation": "sum"}, "unknown aggregation 'sum'; known: prompt, trajectory, edge, token"),
         ({"lr_schedule": "step"}, "unknown lr_schedule 'step'; known: linear, cosine, constant"),
         ({"kl_estimator": "k2"}, "unknown kl_estimator 'k2'; known: k1, k3"),
-        ({"importance": "clipped"}, "unknown importance 'clipped'; known: none, truncated"),
+        ({"importance": "clipped"}, "unknown importance 'clipped'; known: auto, none, truncated"),
         ({"layout": "padded"}, "unknown layout 'padded'; known: packed, flat"),
         ({"precision": "float16"}, "unknown precision 'float16'; known: float32, bfloat16"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),

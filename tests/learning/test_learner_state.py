@@ -152,6 +152,8 @@ def test_a_layout_that_differs_is_found_before_a_step(make_model, make_forest, m
 
     packed = learner_module.packed_layout
     monkeypatch.setattr(learner_module, "packed_layout", shifted)
+    # As a fault of the attention would be, which the ids do not show.
+    monkeypatch.setattr(learner_module, "assert_exact", lambda *args: None)
     made = Learner(model, LearnerConfig(**(SETTINGS | {"layout": "packed"}), check_layout=True), updates=9)
     before = weights(model)
     with pytest.raises(RuntimeError, match=r"check_layout: the packed \w+ differs from the flat one.*layout='flat'"):

@@ -8,9 +8,10 @@ from echo_env import echo_forest
 from agents.learner_config import LoraConfig
 from agents.lora import add_adapters, saved_part
 from agents.models import load_model
-from agents.reference import AdapterReference, FrozenReference, check_vocabulary, make_reference
+from agents.reference import AdapterReference, FrozenReference, make_reference
 from agents.scoring import Scorer
 from agents.tiny import build_model, build_tokenizer
+from agents.tokenizer_checks import check_vocabulary
 
 
 def touched(model):

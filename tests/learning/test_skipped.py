@@ -55,6 +55,8 @@ def assert_same(kept, table, credit):
             assert (node.sample is None) == (twin.sample is None)
             if node.sample is not None:
                 assert node.sample.text == twin.sample.text
+                assert node.sample.version == twin.sample.version
+                assert node.sample.finish_reason == twin.sample.finish_reason
                 np.testing.assert_array_equal(node.sample.action_ids, twin.sample.action_ids)
                 np.testing.assert_array_equal(node.sample.logprobs, twin.sample.logprobs)
             assert (node.context_ids is None) == (twin.context_ids is None)
@@ -169,7 +171,7 @@ def test_what_is_no_batch_is_refused_by_name(tmp_path, sampled, damage):
     elif damage == "pickle":
         arrays.write_bytes(pickle.dumps(load_file(arrays)))
     elif damage == "version":
-        plain.write_text(plain.read_text().replace('"version": 1', '"version": 99'))
+        plain.write_text(plain.read_text().replace('"version": 2', '"version": 99'))
     else:
         plain.write_text(plain.read_text()[:100])
     with pytest.raises(ValueError, match="update-000001 is no folder of a skipped batch, or is damaged"):

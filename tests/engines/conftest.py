@@ -1,0 +1,3 @@
+from echo_fixtures import _registered, make_model, model, sampled, tokenizer
+
+__all__ = ["_registered", "make_model", "model", "sampled", "tokenizer"]
