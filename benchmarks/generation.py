@@ -75,7 +75,7 @@ class Args:
 
     workloads: tuple[str, ...] = tuple(WORKLOADS)
     repeats: int = 5
-    width: int = 384
+    width: int = 0
     vllm: bool = True
     block_sizes: tuple[int, ...] = (32, 64, 128)
     seed: int = 0

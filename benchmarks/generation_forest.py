@@ -51,7 +51,7 @@ WORKLOADS = {
     for w in (
         Workload("groups", "grpo"),
         Workload("trees", "tree_grpo"),
-        Workload("hotpotqa", "tree_grpo", "hotpotqa", prompts=8, rollouts=64),
+        Workload("hotpotqa", "tree_grpo", "hotpotqa", prompts=4, rollouts=16),
     )
 }
 """`groups`: eight rollouts of each prompt. `trees`: fewer, and continuations from their turns. `hotpotqa`: real questions."""

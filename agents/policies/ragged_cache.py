@@ -107,15 +107,20 @@ class RaggedCache(Cache):
         assert self.data is not None
         return self.data[:, row, :, start:stop].clone()
 
-    def prepare(self, new: int, window: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def prepare(
+        self, new: int, dtype: torch.dtype, window: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns masks and positions for `new` tokens a row, at most.
 
         Args:
             new: Tokens a row.
+            dtype: Of the model.
             window: Keys that a layer with sliding attention sees, the token's own included; `None` for all.
 
         Returns:
-            Boolean masks [rows, 1, new, width] (true: attend), in full and within the window, and positions int64 [rows, new].
+            Masks [rows, 1, new, width] in full and within the window, and positions int64 [rows, new]. The masks are added to
+            the scores (0: attend), which every attention function of transformers takes; a boolean one only SDPA does, and it
+            makes this one of it again in every layer.
         """
         position = self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
         self.width = int(self.lengths.max()) + new
@@ -124,7 +129,8 @@ class RaggedCache(Cache):
         near = mask if window is None else mask & (key > position[:, :, None] - window)
         # Only padding and rows that have ended come to lie further back; where does not matter, but a learned embedding has
         # to have the position.
-        return mask[:, None], near[:, None], position.clamp(max=self.max_length - 1)
+        full = _added(mask, dtype)
+        return full, full if window is None else _added(near, dtype), position.clamp(max=self.max_length - 1)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps (or repeats) the given rows, in their order."""
@@ -132,6 +138,30 @@ class RaggedCache(Cache):
         self.data = self.data.index_select(1, rows)
         self.lengths = self.lengths.index_select(0, rows)
         self.rows = torch.arange(len(rows), device=rows.device)
+
+    def drop(self, ended: Sequence[int]) -> list[int]:
+        """Drops rows; the last ones that stay move into their places, so that little is copied.
+
+        Returns:
+            Which row each one that is left was.
+        """
+        assert self.data is not None
+        gone, left, longest = set(ended), len(self.lengths) - len(ended), int(self.lengths.max())
+        was = list(range(left))
+        movers = (row for row in range(left, len(self.lengths)) if row not in gone)
+        for gap, row in zip((g for g in sorted(gone) if g < left), movers, strict=True):
+            was[gap] = row
+            self.data[:, gap, :, :longest] = self.data[:, row, :, :longest]
+        self.data = self.data[:, :left]
+        self.lengths = self.lengths[torch.tensor(was, dtype=torch.int64, device=self.lengths.device)]
+        self.rows = self.rows[:left]
+        return was
+
+
+def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns what is added to the scores so that a token attends where a mask, bool [rows, new, width], is true."""
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return added.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
 
 
 class _Part(RaggedCache):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.policies.attention_kinds import attention_of
+from agents.policies.attention_kinds import Attention, check_attention
 from agents.policies.chat import ChatCodec
 from agents.policies.drawing import StopStrings, draw
 from agents.policies.paths import NO_IDS, context_ids, path_length, segment_ids
@@ -29,9 +29,6 @@ from agents.policies.ragged_cache import RaggedCache, similar
 from agents.policies.sampling import Sampling
 from agents.tokenizer_checks import check_tokenizer, model_stop_ids
 from allocation import Context, Sample, Tree
-
-# Rows that have finished are dropped from the batch once they make up this share of it: dropping copies the cache.
-COMPACT_SHARE = 0.2
 
 
 class TransformersPolicy:
@@ -51,10 +48,11 @@ class TransformersPolicy:
     Attributes:
         version: Updates that the weights have seen.
         computed: Positions that went through the model so far: `prefill`, `decode` (sampled tokens that were fed back) and
-            `padding` (places of a batch that held nothing, or a row that had ended).
+            `padding` (places of a batch that held nothing).
 
     Raises:
-        ValueError: A setting is out of range, or the tokenizer and its template do not fit the model.
+        ValueError: A setting is out of range, the tokenizer and its template do not fit the model, or the model cannot compute
+            rows of different lengths exactly (`check_attention`).
     """
 
     gives_features = True
@@ -81,15 +79,16 @@ class TransformersPolicy:
         self.model, self.codec = model, ChatCodec(tokenizer, template_kwargs, model_stop_ids(model))
         check_tokenizer(model, tokenizer, self.codec)
         self.batch_tokens, self.entropy = batch_tokens, entropy
-        longest = int(getattr(model.config, "max_position_embeddings", 1 << 30))
+        longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
         self.max_length = longest if max_context is None else min(longest, max_context)
         self.version = 0
         self.computed = {"prefill": 0, "decode": 0, "padding": 0}
         self._stop = StopStrings(tokenizer, self.sampling.stop)
-        self._window, self._mixed = attention_of(model)
+        self._attention = Attention.of(model)
+        check_attention(model, self._attention)
         self._run = torch.compile(model, dynamic=True) if compile else model
         self.generator = torch.Generator(device=model.device).manual_seed(seed)
-        self._num_layers = int(model.config.num_hidden_layers)
+        self._num_layers = int(model.config.get_text_config().num_hidden_layers)
         self._segments: weakref.WeakKeyDictionary[Tree, dict[int, torch.Tensor]] = weakref.WeakKeyDictionary()
         self._pending: dict[int, tuple[weakref.ref[Tree], int, np.ndarray, torch.Tensor]] = {}
         self._hidden: torch.Tensor | None = None
@@ -153,7 +152,8 @@ class TransformersPolicy:
 
         What was computed is kept for `act`. A context longer than the model's length is not computed; its state is zero.
         """
-        out, computed = np.zeros((len(contexts), int(self.model.config.hidden_size)), np.float32), 0
+        width = int(self.model.config.get_text_config().hidden_size)
+        out, computed = np.zeros((len(contexts), width), np.float32), 0
         ids = [context_ids(self.codec, c) for c in contexts]
         lengths = [path_length(c) + len(i) for c, i in zip(contexts, ids, strict=True)]
         fitting = [i for i, length in enumerate(lengths) if length <= self.max_length]
@@ -245,19 +245,11 @@ class TransformersPolicy:
     # Computation.
 
     def _forward(self, cache: RaggedCache, ids: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
-        mask, near, position = cache.prepare(ids.shape[1], self._window)
         # The input of the output layer is the last hidden state, for every architecture. The hook is gone afterwards: the
         # learner's passes through the same model are not to be remembered, and the model may outlive this policy.
         hook = self.model.get_output_embeddings().register_forward_pre_hook(self._remember_hidden)
         try:
-            return self._run(
-                input_ids=ids,
-                attention_mask={"full_attention": mask, "sliding_attention": near} if self._mixed else near,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=keep,
-            ).logits
+            return self._run(**self._attention.inputs(cache, ids), logits_to_keep=keep).logits
         finally:
             hook.remove()
 
@@ -349,45 +341,31 @@ class TransformersPolicy:
         logprobs: list[list[float]] = [[] for _ in range(n)]
         entropies: list[list[float]] = [[] for _ in range(n)]
         start = cache.lengths.tolist()
-        alive = list(range(n))
-        in_batch = list(range(n))
+        alive = list(range(n))  # by row of the cache
         sampling, stop_ids = self.sampling, self.codec.stop_ids
         for count in range(1, sampling.max_new_tokens + 1):
             ids, lps, spread = draw(logits, sampling, self.generator, entropy=self.entropy)
-            still = []
+            ended = []
             for row, (t, lp) in enumerate(zip(ids.tolist(), lps.tolist(), strict=True)):
-                i = in_batch[row]
-                if i < 0:
-                    continue
+                i = alive[row]
                 tokens[i].append(t)
                 logprobs[i].append(lp)
                 if spread is not None:
                     entropies[i].append(spread[row])
                 room = start[i] + count + 1 <= self.max_length
-                ended = t in stop_ids or count == sampling.max_new_tokens or not room
-                if ended or self._stop.hit(tokens[i]):
-                    context = contexts[i]
+                if t in stop_ids or count == sampling.max_new_tokens or not room or self._stop.hit(tokens[i]):
                     # The last token was sampled but not fed, so its keys are not there yet.
                     segment = cache.cut(row, start[i], start[i] + count - 1)
-                    self._pending[context.slot] = (
-                        weakref.ref(context.tree),
-                        context.node.id,
-                        np.array(tokens[i], dtype=np.int64),
-                        segment,
-                    )
-                    in_batch[row] = -1
-                else:
-                    still.append(row)
-            alive = still
+                    context, said = contexts[i], np.array(tokens[i], dtype=np.int64)
+                    self._pending[context.slot] = weakref.ref(context.tree), context.node.id, said, segment
+                    ended.append(row)
+            if ended:
+                was = cache.drop(ended)
+                alive = [alive[row] for row in was]
+                ids = ids[torch.tensor(was, dtype=torch.int64, device=ids.device)]
             if not alive:
                 break
-            if len(alive) < (1 - COMPACT_SHARE) * len(in_batch):
-                rows = torch.tensor(alive, device=ids.device)
-                cache.select(rows)
-                ids = ids[rows]
-                in_batch = [in_batch[r] for r in alive]
             self.computed["decode"] += len(alive)
-            self.computed["padding"] += len(in_batch) - len(alive)
             logits = self._forward(cache, ids[:, None], 1)[:, -1]
             cache.lengths = cache.lengths + 1
         return list(zip(tokens, logprobs, entropies, strict=True))

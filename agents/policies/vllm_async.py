@@ -208,9 +208,8 @@ def _end(engine: Any, thread: LoopThread) -> None:
     handler = engine.output_handler
     handler.get_loop().call_soon_threadsafe(handler.cancel)  # else it takes what comes next for an accident
     engine.shutdown()
-    engine.shutdown = lambda: (
-        None
-    )  # it is called again when the engine is deleted, maybe by an interpreter that is ending
+    # It is called again when the engine is deleted, maybe by an interpreter that is ending.
+    engine.shutdown = lambda: None
     thread.close()
 
 

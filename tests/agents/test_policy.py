@@ -319,9 +319,7 @@ def test_prompts_longer_than_the_model_are_encoded_as_zeros_without_being_comput
 
 
 @pytest.mark.parametrize("limit", [14, 24])
-def test_a_model_with_learned_positions_is_never_fed_one_that_it_lacks(tokenizer, monkeypatch, limit):
-    # Rows that have ended stay in the batch to the end.
-    monkeypatch.setattr("agents.policies.transformers_policy.COMPACT_SHARE", 1.0)
+def test_a_model_with_learned_positions_is_never_fed_one_that_it_lacks(tokenizer, limit):
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(tokenizer),

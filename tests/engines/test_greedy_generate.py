@@ -9,6 +9,7 @@ from agents.policies import TransformersPolicy
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 WINDOW = {"sliding_window": 16, "max_window_layers": 0}
+EAGER = {"attn_implementation": "eager"}
 FAMILIES = {
     "qwen3": ("Qwen3", SMALL | {"num_key_value_heads": 2, "head_dim": 8}),
     "qwen2": ("Qwen2", SMALL | {"num_key_value_heads": 2}),
@@ -23,6 +24,18 @@ FAMILIES = {
     "mistral_window": ("Mistral", SMALL | {"num_key_value_heads": 2, "sliding_window": 16}),
     "gemma2": ("Gemma2", SMALL | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}),
     "gemma3": ("Gemma3", SMALL | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}),
+    # Attention that is computed step by step, with caps, sinks or biases.
+    "qwen3_eager": ("Qwen3", SMALL | EAGER | {"num_key_value_heads": 2, "head_dim": 8}),
+    "gpt2_eager": ("GPT2", EAGER | {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "gemma2_eager": ("Gemma2", SMALL | EAGER | {"head_dim": 8, "sliding_window": 16, "attn_logit_softcapping": 2.0}),
+    "gpt_oss": (
+        "GptOss",
+        SMALL
+        | EAGER
+        | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}
+        | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "mpt": ("Mpt", EAGER | {"d_model": 32, "n_layers": 2, "n_heads": 4}),
 }
 
 
@@ -34,8 +47,7 @@ def family(name, kind, settings, tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         initializer_range=0.3,
-        attn_implementation="sdpa",
-        **settings,
+        **({"attn_implementation": "sdpa"} | settings),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -76,7 +88,29 @@ def test_greedy_actions_are_those_of_generate(name, tokenizer):
     assert len(checked) > 8
 
 
-def test_a_recurrent_model_is_refused(tokenizer):
-    config = transformers.MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, eos_token_id=0)
-    with pytest.raises(ValueError, match=r"Mamba.*keeps no keys and values.*--policy vllm"):
-        TransformersPolicy(transformers.MambaForCausalLM(config), tokenizer)
+REFUSED = {
+    "mamba": ("Mamba", {"hidden_size": 32, "num_hidden_layers": 1} | EAGER, "keys and values by position"),
+    "qwen3_next": ("Qwen3Next", SMALL | {"num_key_value_heads": 2, "head_dim": 8}, "linear_attention"),
+    "gpt_neo": ("GPTNeo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4} | EAGER, "local"),
+    "bart": ("Bart", {"d_model": 32, "decoder_layers": 1, "decoder_ffn_dim": 64}, "its logits differ"),
+    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4} | EAGER, "of different lengths together"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_cannot_be_computed_exactly_is_refused(name, tokenizer):
+    kind, settings, why = REFUSED[name]
+    if name == "gpt_neo":
+        settings = settings | {"attention_types": [[["global", "local"], 1]]}
+    model = family(name, kind, settings, tokenizer)
+    with pytest.raises(ValueError, match=rf"{kind}.*{why}.*--policy vllm"):
+        TransformersPolicy(model, tokenizer)
+
+
+def test_an_attention_function_without_masks_is_refused(tokenizer):
+    kind, settings = FAMILIES["qwen3"]
+    model = family("qwen3", kind, settings | {"attn_implementation": "flex_attention"}, tokenizer)
+    with pytest.raises(
+        ValueError, match=r"attn_implementation='flex_attention'.*load it with attn_implementation='sdpa'"
+    ):
+        TransformersPolicy(model, tokenizer)

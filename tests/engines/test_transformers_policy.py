@@ -158,6 +158,7 @@ def test_all_that_goes_through_the_model_is_counted(make_model, tokenizer):
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     policy = TransformersPolicy(model, tokenizer, max_new_tokens=8)
+    seen.clear()  # what making it has looked at
     forest = echo_forest(model, tokenizer, policy=policy)
     assert sum(policy.computed.values()) == sum(seen)
     assert policy.computed["prefill"] == forest.ledger.prefilled_tokens
