@@ -127,7 +127,7 @@ class RaggedCache(Cache):
         key = torch.arange(self.width, device=self.lengths.device)
         mask = key <= position[:, :, None]
         near = mask if window is None else mask & (key > position[:, :, None] - window)
-        # Only padding and rows that have ended come to lie further back; where does not matter, but a learned embedding has
+        # Only padding comes to lie further back; where does not matter, but a learned embedding has
         # to have the position.
         full = _added(mask, dtype)
         return full, full if window is None else _added(near, dtype), position.clamp(max=self.max_length - 1)

@@ -168,8 +168,7 @@ class TransformersPolicy:
     @torch.inference_mode()
     def act(self, contexts: Sequence[Context]) -> list[Sample]:
         """Samples one action for each context."""
-        for tree in [t for t in self._segments if t.finished]:
-            del self._segments[tree]
+        self._free()
         ids = [context_ids(self.codec, c) for c in contexts]
         lengths = [path_length(c) + len(i) for c, i in zip(contexts, ids, strict=True)]
         samples: dict[int, Sample] = {}
@@ -183,6 +182,14 @@ class TransformersPolicy:
                     acted = self._act([contexts[i] for i in fitting], [ids[i] for i in fitting])
                     samples |= dict(zip(fitting, acted, strict=True))
         return [samples[i] for i in range(len(contexts))]
+
+    def _free(self) -> None:
+        """Forgets the keys and values of trees that are finished."""
+        for tree in [t for t in self._segments if t.finished]:
+            del self._segments[tree]
+        for slot, (left, *_) in list(self._pending.items()):
+            if (pending := left()) is None or pending.finished:
+                del self._pending[slot]
 
     def _no_room(self, shown: np.ndarray, length: int) -> Sample:
         note = (

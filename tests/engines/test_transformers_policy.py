@@ -195,6 +195,39 @@ def test_prefixes_that_were_shown_are_those_of_the_path(model, tokenizer):
         assert all(before(tree, tree.nodes[child]) == ids.tolist() for child in node.children)
 
 
+def test_keys_and_values_are_freed_when_their_tree_is_finished(model, tokenizer):
+    policy, held = TransformersPolicy(model, tokenizer, max_new_tokens=8), []
+
+    class Watched:
+        def act(self, contexts):
+            samples = policy.act(contexts)
+            assert not any(tree.finished for tree in policy._segments)
+            assert {c.tree for c in contexts} <= set(policy._segments)
+            held.append(len(policy._segments))
+            return samples
+
+    forest = echo_forest(model, tokenizer, policy=Watched())
+    assert all(tree.finished for tree in forest) and max(held) > 0
+    policy.act([])
+    assert not policy._segments and not policy._pending
+    echo_forest(model, tokenizer, policy=policy)
+    policy.close()
+    assert not policy._segments and not policy._pending
+
+
+def test_in_half_precision_logprobs_are_computed_in_single(make_model, tokenizer):
+    model = make_model().bfloat16()
+    policy = TransformersPolicy(model, tokenizer, max_new_tokens=8)
+    forest = echo_forest(model, tokenizer, policy=policy)
+    for tree, node in edges(forest):
+        said = node.sample.logprobs
+        # The model rounds to 8 bits, in another order for a row alone; a log-prob that was rounded too would lie on its grid.
+        np.testing.assert_allclose(said, logprobs_of(model, tree, node, policy.sampling), atol=0.2)
+        assert node.sample.features.dtype == np.float32
+    every = torch.from_numpy(np.concatenate([n.sample.logprobs for _, n in edges(forest)]))
+    assert (every != every.bfloat16().float()).float().mean() > 0.9
+
+
 @pytest.mark.slow
 def test_compiled_it_samples_the_same(make_model, tokenizer):
     model = make_model()
