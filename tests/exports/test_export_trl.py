@@ -19,11 +19,14 @@ GROUP, PROMPTS = 4, 2
 
 @pytest.fixture(scope="module")
 def forest(model, tokenizer):
-    envs = TreeAllocationWrapper(
-        make_vector("Echo-v0", 4, {}), allocator=UniformAllocator(GROUP), budget=GROUP * PROMPTS
-    )
-    policy = TransformersPolicy(model, tokenizer, max_new_tokens=8, max_context=28)
-    forest = echo_forest(model, tokenizer, policy=policy, envs=envs)
+    for seed in range(20):  # until some prompt has both outcomes and some rollout no room
+        envs = TreeAllocationWrapper(
+            make_vector("Echo-v0", 4, {}), allocator=UniformAllocator(GROUP), budget=GROUP * PROMPTS
+        )
+        policy = TransformersPolicy(model, tokenizer, max_new_tokens=8, max_context=28, seed=seed)
+        forest = echo_forest(model, tokenizer, policy=policy, envs=envs)
+        if forest.ledger.unacted and forest.effective_ratio():
+            break
     assert [len(tree.leaves()) for tree in forest] == [GROUP] * PROMPTS and forest.ledger.unacted
     return forest
 

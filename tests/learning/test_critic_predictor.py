@@ -140,7 +140,7 @@ def test_what_the_policy_gives_the_predictor_is_what_the_learner_gives_the_criti
     envs, policy, _, _ = collected
     table = ForestTable.of(collect(envs, policy, seed=2))
     prefixes = valued_prefixes(table)
-    layout = lay_out(EdgeTokens.of(table, np.zeros(0, dtype=np.int64)), prefixes, 512)
+    layout = lay_out(EdgeTokens.of(table, np.zeros(0, dtype=np.int64)), prefixes, 256)
     scorer, seen = Scorer(model), []
     for micro in layout.micro_batches:
         with torch.no_grad():

@@ -70,12 +70,12 @@ PPO = LearnerConfig(
 
 def test_the_critic_learns_to_explain_and_the_policy_to_act(make_model, tokenizer):
     model = make_model()
-    learner = Learner(model, PPO, updates=25)
+    learner = Learner(model, PPO, updates=40)
     predictor = CriticPredictor(learner.critic, warmup=3)
     envs, policy = wrapper(budget=48, predictor=predictor), policy_of(model, tokenizer)
     explained, rate = [], []
-    for step in range(25):
-        forest = collect(envs, policy, seed=step)
+    for step in range(40):
+        forest = collect(envs, policy, seed=1000 + step)
         update = learner.update(forest)
         policy.reset_cache()
         envs.allocator.update(forest)
