@@ -12,6 +12,7 @@ import numpy as np
 
 from allocation.methods.base import Allocator, dealt, grouped
 from allocation.roots import IntArray
+from allocation.settings import check_numbers, check_whole
 from allocation.tree import Tree
 
 VARIANTS = ("balanced", "positive")
@@ -45,6 +46,7 @@ class DAPOAllocator(Allocator):
 
     def __init__(self, group_size: int = 8, target_share: float = 1.0):
         _check_group_size(group_size)
+        check_numbers(target_share=target_share)
         if not 0 < target_share <= 1:
             raise ValueError(f"target_share must lie in (0, 1], got {target_share}")
         self.group_size = group_size
@@ -116,6 +118,7 @@ class ReinforceAdaAllocator(Allocator):
         _check_group_size(group_size)
         per_round = max(1, group_size // 2) if per_round is None else per_round
         for name, number in (("enough", enough), ("per_round", per_round), ("max_rounds", max_rounds)):
+            check_whole(**{name: number})
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if variant not in VARIANTS:
@@ -157,5 +160,6 @@ def _mixed(tree: Tree) -> bool:
 
 
 def _check_group_size(group_size: int) -> None:
+    check_whole(group_size=group_size)
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")

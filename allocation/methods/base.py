@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 
 from allocation.roots import IntArray
+from allocation.settings import check_whole
 from allocation.tree import Forest, Tree
+
+LARGEST_POOL = 1_000_000
+"""Candidates that a batch may ask for: each is opened in an environment, so many more is a mistake in a setting."""
 
 
 class Allocator:
@@ -44,8 +48,21 @@ class Allocator:
             budget: Rollouts of a batch, of either kind.
 
         Raises:
-            ValueError: It is too small; the message says what to change.
+            ValueError: It is no whole number, too small, or asks for a pool that nobody can open; the message says what to
+                change.
         """
+        check_whole(budget=budget)
+        if budget < 1:
+            raise ValueError(f"budget must be at least 1 rollout, got {budget}")
+        try:
+            pool = self.pool_size(budget)
+        except OverflowError:
+            pool = LARGEST_POOL + 1
+        if pool > LARGEST_POOL:
+            raise ValueError(
+                f"a budget of {budget} rollouts makes {self.name or type(self).__name__!r} ask for more than {LARGEST_POOL} "
+                "candidate prompts: lower pool_factor, where the method has one, or the budget"
+            )
 
     def pool_size(self, budget: int) -> int:
         """Returns the number of candidate prompts that `allocate_roots` wants to choose from.

@@ -21,6 +21,7 @@ import numpy as np
 
 from allocation.entropies import entropy_rises
 from allocation.methods.base import Allocator, dealt, grouped
+from allocation.settings import check_numbers, check_whole
 from allocation.tree import Node, Tree
 
 
@@ -36,6 +37,8 @@ class BranchingAllocator(Allocator):
     """
 
     def __init__(self, group_size: int, root_share: float):
+        check_whole(group_size=group_size)
+        check_numbers(root_share=root_share)
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {group_size}")
         if not 0 < root_share <= 1:
@@ -78,6 +81,7 @@ class TreePOAllocator(BranchingAllocator):
     name = "treepo"
 
     def __init__(self, group_size: int = 8, width: int = 2):
+        check_whole(group_size=group_size, width=width)
         if width < 2:
             raise ValueError(f"width must be at least 2, or nothing ever branches, got {width}")
         super().__init__(group_size, min(1.0, width / max(group_size, 1)))
@@ -134,6 +138,7 @@ class TreeGRPOAllocator(BranchingAllocator):
     name = "tree_grpo"
 
     def __init__(self, group_size: int = 8, nodes: int = 1, rounds: int = 3):
+        check_whole(nodes=nodes, rounds=rounds)
         if nodes < 1 or rounds < 1:
             raise ValueError(f"nodes and rounds must be at least 1, got nodes={nodes}, rounds={rounds}")
         super().__init__(group_size, 1 / (1 + nodes * rounds))
@@ -198,7 +203,9 @@ class ARPOAllocator(BranchingAllocator):
         branches: int = 1,
     ):
         super().__init__(group_size, root_share)
-        if beta <= 0:
+        check_whole(branches=branches)
+        check_numbers(alpha=alpha, beta=beta, tau=tau)
+        if not beta > 0:
             raise ValueError(f"beta must be positive: entropy is what arpo branches by, got {beta}")
         if branches < 1:
             raise ValueError(f"branches must be at least 1, got {branches}")

@@ -18,6 +18,7 @@ from allocation.contrast import FloatArray
 from allocation.costs import CostModel
 from allocation.inclusion import REWEIGHTS, inclusion_probabilities, inclusion_weights, weight_report
 from allocation.roots import IntArray, RootPlan, plan_roots
+from allocation.settings import check_flags, check_numbers, check_whole
 from allocation.token_budget import plan_token_roots
 from allocation.tree import Forest, Node, Tree
 from allocation.waves import allocate_more
@@ -56,6 +57,11 @@ class ChargeConfig:
     weighting: str = "even"
 
     def __post_init__(self) -> None:
+        check_flags(cost_aware=self.cost_aware)
+        check_numbers(reweight_clip=self.reweight_clip)
+        check_whole(inclusion_draws=self.inclusion_draws)
+        if self.token_budget is not None:
+            check_numbers(token_budget=self.token_budget)
         if self.token_budget is not None and not 0 < self.token_budget < float("inf"):
             raise ValueError(f"token_budget must be None or a positive number of tokens, got {self.token_budget}")
         if self.reweight not in REWEIGHTS:
@@ -233,7 +239,7 @@ class Charges:
     def tokens_left(self, tree: Tree) -> float | None:
         """Returns the expected tokens that a tree may still spend on continuations; `None` for no limit."""
         bill = self._bills.get(tree)
-        return None if bill is None else bill.left
+        return None if bill is None else max(bill.left, 0.0)  # sums of the same costs differ in the last bits
 
     def spend(self, tree: Tree, tokens: float) -> None:
         """Notes expected tokens that were spent on continuations of a tree."""

@@ -18,6 +18,7 @@ from allocation.methods.base import Allocator, dealt
 from allocation.methods.predicted import PredictedAllocator
 from allocation.predictor import Predictor
 from allocation.roots import IntArray
+from allocation.settings import check_numbers, check_whole
 from allocation.tree import Forest, Tree
 
 
@@ -99,8 +100,13 @@ class MoPPSAllocator(Allocator):
     ):
         _check_sizes(group_size, pool_factor)
         for name, number in (("target", target), ("decay", decay)):
+            check_numbers(**{name: number})
             if not 0 <= number <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {number}")
+        if not isinstance(prior, tuple | list) or len(prior) != 2:
+            raise ValueError(f"prior must be two finite numbers > 0, got {prior!r}")
+        for x in prior:
+            check_numbers(prior=x)
         if not all(math.isfinite(x) and x > 0 for x in prior):
             raise ValueError(f"prior must be two finite numbers > 0, got {prior}")
         self.group_size = group_size
@@ -182,6 +188,7 @@ class VIPAllocator(PredictedAllocator):
 
     def __init__(self, predictor: Predictor, group_size: int = 8, lower: int = 4, upper: int = 32):
         _check_sizes(group_size, 1.0)
+        check_whole(lower=lower, upper=upper)
         if not 2 <= lower <= upper:
             raise ValueError(f"need 2 <= lower <= upper, got lower={lower}, upper={upper}")
         if group_size > upper:
@@ -266,6 +273,8 @@ def _groups(budget: int, group_size: int) -> int:
 
 
 def _check_sizes(group_size: int, pool_factor: float) -> None:
+    check_whole(group_size=group_size)
+    check_numbers(pool_factor=pool_factor)
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
     if not 1 <= pool_factor < math.inf:

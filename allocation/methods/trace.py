@@ -44,23 +44,29 @@ class TraceAllocator(PredictedAllocator):
     Args:
         predictor: Estimates success at roots and prefixes.
         config: See `TraceConfig`.
+
+    Raises:
+        ValueError: The config is something else.
     """
 
     name = "trace"
 
     def __init__(self, predictor: Predictor, config: TraceConfig | None = None):
+        if config is not None and not isinstance(config, TraceConfig):
+            raise ValueError(f"config must be a TraceConfig(...), got {config!r}")
         self.config = config = config or TraceConfig()
         self.uses_entropy = config.prefix_mode == "entropy"
         self.stops_on_outcomes = config.root_waves > 1
         super().__init__(predictor, kappa=config.kappa, decay=config.decay, tree_outcomes=config.tree_outcomes)
-        self.charges = Charges(config, 0.0 if config.prefix_mode == "none" else config.continuations)
         self.gate = None if config.gate is None else Gate(config.gate)
+        self.charges = Charges(config, self._continuations_per_root)
         self.rho = PRIOR_RHO
 
     # Sizes.
 
     def check(self, budget: int) -> None:
-        """Refuses a budget that is smaller than one group."""
+        """Refuses a budget that is smaller than one group, too."""
+        super().check(budget)
         if budget < self.config.m_min:
             raise ValueError(
                 f"budget {budget} is smaller than one group of m_min={self.config.m_min}: raise the budget or lower m_min"
@@ -76,9 +82,13 @@ class TraceAllocator(PredictedAllocator):
 
     def root_budget(self, budget: int) -> int:
         """Share 1 / (1 + N) of the budget, N continuations going with each root rollout; all of it while the gate is closed."""
-        if self.config.prefix_mode == "none" or (self.gate is not None and not self.gate.open):
-            return budget
-        return min(budget, max(self.config.m_min, round(budget / (1 + self.config.continuations))))
+        return min(budget, max(self.config.m_min, round(budget / (1 + self._continuations_per_root))))
+
+    @property
+    def _continuations_per_root(self) -> float:
+        """N in the next batch: none where there is no prefix stage, or while the gate is closed."""
+        closed = self.config.prefix_mode == "none" or (self.gate is not None and not self.gate.open)
+        return 0.0 if closed else self.config.continuations
 
     def max_rollouts(self, tree: Tree) -> int | None:
         """The bound `m_max` of the root stage."""
@@ -97,6 +107,8 @@ class TraceAllocator(PredictedAllocator):
         config, n = self.config, len(candidates)
         if wave >= config.root_waves:
             return np.zeros(n, dtype=np.int64)  # a budget of tokens left rollouts over
+        if not wave:
+            self.charges.continuations = self._continuations_per_root  # what roots do not get, nobody would spend
         beliefs = self.root_beliefs(candidates)
         value = self._root_value(trusted=beliefs is not None)
         alpha, beta = beliefs or (np.ones(n), np.ones(n))

@@ -6,11 +6,11 @@ Invariant: the defaults of `TraceConfig` are the paper's wherever the paper says
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 
 from allocation.contrast import BELIEFS, ROOT_VALUES
 from allocation.methods.charges import ChargeConfig
 from allocation.prefixes import PREFIX_MODES
+from allocation.settings import check_flags, check_numbers, check_whole
 
 SOLVERS = ("greedy", "exact")
 
@@ -75,10 +75,14 @@ class TraceConfig(ChargeConfig):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
-        for name in ("m_min", "m_max", "root_waves", "prefix_waves", "cap_per_rollout"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) and not (name == "cap_per_rollout" and value is None):
-                raise ValueError(f"{name} must be a whole number, got {value!r}")
+        for check, names in (
+            (check_whole, ("m_min", "m_max", "root_waves", "prefix_waves", "cap_per_rollout")),
+            (check_numbers, ("pool_factor", "explore", "continuations", "gate", "kappa", "decay")),
+            (check_flags, ("tree_outcomes",)),
+        ):
+            for name in names:
+                if getattr(self, name) is not None or name not in ("cap_per_rollout", "gate", "kappa"):
+                    check(**{name: getattr(self, name)})
         if not 2 <= self.m_min <= self.m_max:
             raise ValueError(f"need 2 <= m_min <= m_max, got m_min={self.m_min}, m_max={self.m_max}")
         for name in ("root_waves", "prefix_waves"):
@@ -87,12 +91,16 @@ class TraceConfig(ChargeConfig):
         for name in ("explore", "gate"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.band is not None and not isinstance(self.band, tuple | list):
+            raise ValueError(f"band must be None or two probabilities in ascending order, got {self.band!r}")
+        for bound in self.band or ():
+            check_numbers(band=bound)
         if self.band is not None and not (len(self.band) == 2 and 0 <= self.band[0] < self.band[1] <= 1):
             raise ValueError(f"band must be two probabilities in ascending order, got {self.band}")
         if not 0 < self.pool_factor < float("inf"):
             raise ValueError(f"pool_factor must be positive, got {self.pool_factor}")
-        if not self.continuations >= 0:
-            raise ValueError(f"continuations must not be negative, got {self.continuations}")
+        if not 0 <= self.continuations < float("inf"):
+            raise ValueError(f"continuations must not be negative or infinite, got {self.continuations}")
         if self.cap_per_rollout is not None and self.cap_per_rollout < 0:
             raise ValueError(f"cap_per_rollout must be None or not negative, got {self.cap_per_rollout}")
         if self.kappa is not None and not 0 < self.kappa < float("inf"):

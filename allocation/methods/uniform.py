@@ -6,6 +6,7 @@ Invariant: nothing is learned and nothing is looked at; every candidate is sampl
 from __future__ import annotations
 
 from allocation.methods.base import Allocator
+from allocation.settings import check_whole
 
 
 class UniformAllocator(Allocator):
@@ -13,11 +14,15 @@ class UniformAllocator(Allocator):
 
     Args:
         group_size: Rollouts for each prompt.
+
+    Raises:
+        ValueError: It is no whole number, or less than 1.
     """
 
     name = "grpo"
 
     def __init__(self, group_size: int = 8):
+        check_whole(group_size=group_size)
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {group_size}")
         self.group_size = group_size
