@@ -1,6 +1,6 @@
 """Settings of the wrong type, refused in one sentence where they are given.
 
-Invariant: what passes is of the type that the arithmetic after it needs; nothing is converted, and range is for others to check.
+Invariant: what passes is of the type that the arithmetic after it needs; nothing is converted, and ranges are left to others.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def _exact(values: FloatArray, have: IntArray, budget: int, m_min: int, m_max: i
     best[0] = 0.0
     choice = np.zeros((len(have), budget + 1), dtype=np.int64)
     for i, count in enumerate(have.tolist()):
-        options = np.arange(m_max - count + 1) if count else np.concatenate([[0], np.arange(m_min, m_max + 1)])
+        options = np.arange(max(m_max - count, 0) + 1) if count else np.concatenate([[0], np.arange(m_min, m_max + 1)])
         options = options[options <= budget]
         total = np.full((len(options), budget + 1), -np.inf)
         for row, k in enumerate(options.tolist()):

@@ -103,12 +103,13 @@ class TreePOAllocator(BranchingAllocator):
         """Deals the budget to finished paths and cuts each path at a prefix drawn uniformly from those on it."""
         position = {n.id: i for i, n in enumerate(prefixes)}
         counts = np.zeros(len(prefixes), dtype=np.int64)
-        ends = [n for n in sorted(tree.leaves(), key=lambda n: n.rollout) if n.depth > 1]
-        if ends:
-            for end, count in zip(ends, dealt(len(ends), budget, rng).tolist(), strict=True):
-                path = tree.path(end)[1:-1]
+        # A prefix that left no room for an action is none to start from, so a path may have no place to be cut.
+        ends = (tree.path(n) for n in sorted(tree.leaves(), key=lambda n: n.rollout))
+        paths = [path for end in ends if (path := [position[n.id] for n in end if n.id in position])]
+        if paths:
+            for path, count in zip(paths, dealt(len(paths), budget, rng).tolist(), strict=True):
                 for cut in rng.integers(len(path), size=count):
-                    counts[position[path[cut].id]] += 1
+                    counts[path[cut]] += 1
         return counts
 
 
@@ -205,7 +206,9 @@ class ARPOAllocator(BranchingAllocator):
         super().__init__(group_size, root_share)
         check_whole(branches=branches)
         check_numbers(alpha=alpha, beta=beta, tau=tau)
-        if not beta > 0:
+        if not np.isfinite([alpha, beta, tau]).all():
+            raise ValueError(f"alpha, beta and tau must be finite, got {alpha}, {beta} and {tau}")
+        if beta <= 0:
             raise ValueError(f"beta must be positive: entropy is what arpo branches by, got {beta}")
         if branches < 1:
             raise ValueError(f"branches must be at least 1, got {branches}")
