@@ -56,6 +56,8 @@ class Allocator:
             raise ValueError(f"budget must be at least 1 rollout, got {budget}")
         try:
             pool = self.pool_size(budget)
+        except NotImplementedError:
+            return  # it never opens candidates of its own: whoever runs it gives the prompts
         except OverflowError:
             pool = LARGEST_POOL + 1
         if pool > LARGEST_POOL:

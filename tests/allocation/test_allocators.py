@@ -80,7 +80,7 @@ def test_names():
         ({"m_min": 8, "m_max": 4}, "need 2 <= m_min <= m_max, got m_min=8, m_max=4"),
         ({"pool_factor": 0.0}, "pool_factor must be positive, got 0.0"),
         ({"explore": 1.5}, r"explore must lie in \[0, 1\], got 1.5"),
-        ({"continuations": -1}, "continuations must not be negative, got -1"),
+        ({"continuations": -1}, "continuations must not be negative or infinite, got -1"),
         ({"cap_per_rollout": -1}, "cap_per_rollout must be None or not negative, got -1"),
         ({"kappa": 0.0}, "kappa must be None or positive, got 0.0"),
         ({"decay": 0.0}, r"decay must lie in \(0, 1\], got 0.0"),
