@@ -33,7 +33,7 @@ from trace_envs.blocks import (
     without_tags,
 )
 from trace_envs.schemas import Tools, by_name, describe, dumps, example_call, kind_of, show
-from trace_envs.state import Action, FinalAnswer, FormatError, ToolCall
+from trace_envs.state import Act, Action, FinalAnswer, FormatError, ToolCall, ToolCalls
 
 _ANSWER = "answer"
 _FINAL = "Final Answer:"
@@ -42,8 +42,7 @@ _FINAL = "Final Answer:"
 class ActionFormat(ABC):
     """A convention for writing tool calls and answers as text.
 
-    A format finds the blocks of a turn (`_scan`) and reads one of them (`_read`). `parse` wants exactly one; a family
-    that allows several calls per turn can read every block with the same two functions.
+    A format finds the blocks of a turn (`_scan`) and reads one of them (`_read`).
 
     Attributes:
         name: What `get_format` knows it by.
@@ -51,36 +50,49 @@ class ActionFormat(ABC):
 
     name: ClassVar[str]
 
-    def parse(self, text: str, tools: Tools) -> Action:
-        """Reads the one action of a turn.
+    def parse(self, text: str, tools: Tools, *, max_calls: int = 1, plain_answer: bool = False) -> Action:
+        """Reads the action of a turn.
 
         Args:
             text: Whatever the model wrote, of any length and content.
             tools: Schemas of the tools that may be called; arguments are checked against them.
+            max_calls: Calls that one turn may make.
+            plain_answer: Take words that hold no action for an answer, as users of a conversation do.
 
         Returns:
-            The call, the answer, or a `FormatError` with a message for the model.
+            The call or calls, the answer, or a `FormatError` with a message for the model.
         """
         known = by_name(tools)
         try:
             visible = outside_thoughts(text)
             blocks = self._scan(visible, known)
             if not blocks:
-                raise Malformed(f"No action found{self._why_none(visible, known)}. {self._expected(known)}")
-            if len(blocks) > 1:
-                raise Malformed(f"Found {len(blocks)} actions in one turn; give exactly one. {self._expected(known)}")
-            return self._read(blocks[0], known)
+                why = self._why_none(visible, known)
+                if plain_answer and not why and visible.strip():
+                    return FinalAnswer(visible.strip())
+                raise Malformed(f"No action found{why}. {self._expected(known)}")
+            if len(blocks) > max_calls:
+                most = "exactly one" if max_calls == 1 else f"at most {max_calls}"
+                raise Malformed(f"Found {len(blocks)} actions in one turn; give {most}. {self._expected(known)}")
+            if len(blocks) == 1:
+                return self._read(blocks[0], known)
+            calls = tuple(self._read(block, known) for block in blocks)
+            if not all(isinstance(call, ToolCall) for call in calls):
+                raise Malformed(
+                    "Found an answer beside other actions in one turn; call tools first, answer in a later turn."
+                )
+            return ToolCalls(calls)  # type: ignore[arg-type]  # as was just checked
         except Malformed as error:
             return FormatError(str(error))
 
-    def render(self, thought: str, action: ToolCall | FinalAnswer, tools: Tools | None = None) -> str:
+    def render(self, thought: str, action: Act, tools: Tools | None = None) -> str:
         """Writes a turn, the inverse of `parse`.
 
         Args:
             thought: Words before the action; may be empty.
             action: What to do.
-            tools: The tools the turn will be parsed with. Without them the tool is taken to need exactly the arguments
-                of the call.
+            tools: The tools the turn will be parsed with. Without them the tools are taken to need exactly the arguments
+                of the calls.
 
         Returns:
             The shortest spelling that `parse` reads back to `action`.
@@ -88,17 +100,27 @@ class ActionFormat(ABC):
         Raises:
             ValueError: The format has no way to write this, such as an answer that holds the closing tag.
         """
+        calls = () if isinstance(action, FinalAnswer) else action.calls if isinstance(action, ToolCalls) else (action,)
         if tools is None:
-            tools = [] if isinstance(action, FinalAnswer) else [tool_of(action)]
-        for spelling in self._spellings(action):
+            tools = [tool_of(call) for call in calls]
+        if len(calls) > 1:
+            spellings: Iterator[str] = iter(["\n".join(self.render("", call, tools) for call in calls)])
+        else:
+            spellings = self._spellings(calls[0] if calls else action)  # type: ignore[arg-type]
+        for spelling in spellings:
             for before in (thought, f"{THINK}{thought}{END_THINK}"):
                 text = self._with_thought(before, spelling) if thought else spelling
-                if self.parse(text, tools) == action:
+                if self.parse(text, tools, max_calls=max(len(calls), 1)) == action:
                     return text
         raise ValueError(f"format {self.name!r} cannot express {show(action)} after the thought {show(thought)}")
 
-    def instructions(self, tools: Tools) -> str:
+    def instructions(self, tools: Tools, *, max_calls: int = 1, plain_answer: bool = False) -> str:
         """Returns system-prompt text that tells a model how to act, with one example of each kind.
+
+        Args:
+            tools: Schemas of the tools.
+            max_calls: As for `parse`.
+            plain_answer: As for `parse`.
 
         Raises:
             ValueError: The format cannot call one of the tools.
@@ -108,9 +130,13 @@ class ActionFormat(ABC):
         if not known:
             return f"Think first, then give your answer alone:\n{answer}"
         call = self.render("...", ToolCall(*example_call(known)), tools)
+        often = "call a tool" if max_calls == 1 else f"call tools, up to {max_calls} of them one after the other"
+        finish = "or finish with your answer alone"
+        if plain_answer:
+            finish = "or, when nothing is left to do or something is missing, reply to the user without a call"
         return (
-            f"Think first, then act exactly once per turn. Either call a tool:\n{call}\n"
-            f"or finish with your answer alone:\n{answer}\nTools:\n{describe(known)}"
+            f"Think first, then act exactly once per turn. Either {often}:\n{call}\n"
+            f"{finish}:\n{answer}\nTools:\n{describe(known)}"
         )
 
     @abstractmethod
@@ -186,12 +212,12 @@ class TagsFormat(ActionFormat):
 
     name = "tags"
 
-    def instructions(self, tools: Tools) -> str:
+    def instructions(self, tools: Tools, *, max_calls: int = 1, plain_answer: bool = False) -> str:
         """See base class; also refuses tools named `think` or `answer`, whose tags mean something else."""
         for reserved in ("think", _ANSWER):
             if reserved in by_name(tools):
                 raise ValueError(f"format 'tags' cannot call a tool named {reserved!r}; use the format 'hermes'")
-        return super().instructions(tools)
+        return super().instructions(tools, max_calls=max_calls, plain_answer=plain_answer)
 
     def _scan(self, text: str, known: Known) -> list[Block]:
         return tagged(text, (*known, _ANSWER))

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -20,21 +19,23 @@ from gymnasium.utils import seeding
 
 from trace_envs.actions import get_format
 from trace_envs.arguments import integer, random_seed
+from trace_envs.conversation import cut, messages_of, text_of
+from trace_envs.family import Family
 from trace_envs.randomness import OwnGenerator
-from trace_envs.snapshots.record import SCHEMA_VERSION, EnvSnapshot
+from trace_envs.snapshots.record import SCHEMA_VERSION, EnvSnapshot, check_settings
 from trace_envs.spaces import DEFAULT_MAX_LENGTH, UnicodeText
-from trace_envs.state import Action, EpisodeState, FinalAnswer, FormatError, History, Outcome, Task, ToolCall, Turn
+from trace_envs.state import Action, EpisodeState, FinalAnswer, FormatError, History, ToolCall, Turn
 
 MAX_KEY = 2**63 - 1
 Self = TypeVar("Self", bound="ToolEnv")
 
 
-class ToolEnv(gym.Env[str, str], ABC):
+class ToolEnv(gym.Env[str, str], Family):
     """Base of the environment families.
 
-    A family supplies the tasks (`pick_task`), its tools' schemas, and three pure functions: `initial_state(task, key)`,
-    `call_tool(state, call) -> (state, observation, error)` and `judge(state, answer) -> Outcome`. Whatever is random in them
-    is drawn from `self.randomness(state)`, which depends on the state alone.
+    A family (see `Family`) supplies the tasks (`pick_task`), its tools' schemas, and three pure functions:
+    `initial_state(task, key)`, `call_tool(state, call) -> (state, observation, error)` and `judge(state, answer) -> Outcome`.
+    Whatever is random in them is drawn from `self.randomness(state)`, which depends on the state alone.
 
     One step is one turn: the action is the agent's text (a thought, then one tool call or the final answer), the observation
     is what the tool returned. Malformed actions and refused calls are observations that say what was wrong; they count as
@@ -79,8 +80,12 @@ class ToolEnv(gym.Env[str, str], ABC):
         self.max_turns = integer("max_turns", max_turns, 1)
         self.max_action_chars = integer("max_action_chars", max_action_chars, 1)
         self.max_observation_chars = integer("max_observation_chars", max_observation_chars, 1)
-        self.tools: list[dict[str, Any]] = self.tool_schemas()
-        self.system_prompt = self.action_format.instructions(self.tools) if system_prompt is None else system_prompt
+        self.tools = self.tool_schemas()
+        if system_prompt is None:
+            system_prompt = self.action_format.instructions(
+                self.tools, max_calls=self.max_calls, plain_answer=self.plain_answer
+            )
+        self.system_prompt = system_prompt
         # Twice: room for the note that an observation was cut.
         self.observation_space = UnicodeText(max(DEFAULT_MAX_LENGTH, 2 * max_observation_chars))
         self.action_space = UnicodeText()
@@ -94,32 +99,6 @@ class ToolEnv(gym.Env[str, str], ABC):
         families = (c for c in cls.__mro__ if issubclass(c, ToolEnv))
         parameters = (p for c in families for p in list(inspect.signature(c.__init__).parameters.values())[1:])
         return sorted({p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)})
-
-    # What a family supplies.
-
-    @abstractmethod
-    def tool_schemas(self) -> list[dict[str, Any]]:
-        """Returns the tools as OpenAI-style JSON schemas."""
-
-    @abstractmethod
-    def pick_task(self, rng: np.random.Generator, task_id: str | None) -> Task:
-        """Returns the task of that id, or a random one drawn from `rng`, which is lent for this call only."""
-
-    @abstractmethod
-    def task_ids(self) -> Sequence[str]:
-        """Returns the ids of every task, in a fixed order."""
-
-    def initial_state(self, task: Task, key: int) -> EpisodeState:
-        """Returns the state before the first turn."""
-        return EpisodeState(task=task, key=key)
-
-    @abstractmethod
-    def call_tool(self, state: EpisodeState, call: ToolCall) -> tuple[EpisodeState, str, bool]:
-        """Applies a well-formed call: the new state, what the agent sees, and whether the tool refused."""
-
-    @abstractmethod
-    def judge(self, state: EpisodeState, answer: str | None) -> Outcome:
-        """Judges the final answer; `None` when the turns ran out without one."""
 
     def settings(self) -> dict[str, Any]:
         """Returns what shapes the future of an episode besides its state, as plain data; a family adds its own.
@@ -154,25 +133,38 @@ class ToolEnv(gym.Env[str, str], ABC):
             size, text = len(text), text[: self.max_action_chars]
             action = FormatError(f"The action is {size} characters long; at most {self.max_action_chars} are read.")
         else:
-            action = self.action_format.parse(text, self.tools)
+            action = self.action_format.parse(
+                text, self.tools_at(state), max_calls=self.max_calls, plain_answer=self.plain_answer
+            )
+        results: list[str] = []
+        error = False
         if isinstance(action, FinalAnswer):
-            turn = Turn(text, action, "")
-            state = replace(state, turn=state.turn + 1, history=History(turn, state.history), terminated=True)
-            return replace(state, outcome=self.judge(state, action.text))
-        if isinstance(action, FormatError):
+            replied = self.reply(state, action.text)
+            if replied is None:
+                turn = Turn(text, action, "")
+                state = replace(state, turn=state.turn + 1, history=History(turn, state.history), terminated=True)
+                return replace(state, outcome=self.judge(state, action.text))
+            after, observation = replied
+        elif isinstance(action, FormatError):
             after, observation, error = state, f"Error: {action.message}", True
-        else:
+        elif isinstance(action, ToolCall):
             after, observation, error = self.call_tool(state, action)
             after = replace(after, tool_calls=after.tool_calls + 1)
-        if len(observation) > self.max_observation_chars:
-            cut = len(observation) - self.max_observation_chars
-            observation = f"{observation[: self.max_observation_chars]}\n[{cut} more characters were cut]"
+        else:
+            after, results, error = self.call_tools(state, action.calls)
+            after = replace(after, tool_calls=after.tool_calls + len(results))
+            observation = ""
+        if results:
+            results = cut(results, self.max_observation_chars)
+            observation = "\n".join(results)
+        elif len(observation) > self.max_observation_chars:
+            (observation,) = cut([observation], self.max_observation_chars)
         state = replace(
             after,
             turn=state.turn + 1,
-            history=History(Turn(text, action, observation, error), state.history),
+            history=History(Turn(text, action, observation, error, tuple(results)), state.history),
             tool_errors=state.tool_errors + int(error),
-            truncated=state.turn + 1 >= self.max_turns,
+            truncated=after.truncated or state.turn + 1 >= self.max_turns,
         )
         return replace(state, outcome=self.judge(state, None)) if state.truncated else state
 
@@ -264,14 +256,7 @@ class ToolEnv(gym.Env[str, str], ABC):
     def messages(self, state: EpisodeState | None = None) -> list[dict[str, Any]]:
         """Returns the conversation as OpenAI-style chat messages."""
         state = self.state if state is None else state
-        messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        messages.append({"role": "user", "content": state.task.prompt})
-        for turn in state.turns():
-            messages.append({"role": "assistant", "content": turn.text})
-            if turn.observation:
-                is_result = self.action_format.name == "hermes" and isinstance(turn.action, ToolCall)
-                messages.append({"role": "tool" if is_result else "user", "content": turn.observation})
-        return messages
+        return messages_of(state, self.system_prompt, native_results=self.action_format.name == "hermes")
 
     def info(self) -> dict[str, Any]:
         """Returns `messages`, `tools`, `task_id`, `turn`, `tool_calls`, `tool_errors`, `tool_error`; the verdict at the end.
@@ -283,7 +268,7 @@ class ToolEnv(gym.Env[str, str], ABC):
         state = self.state
         info: dict[str, Any] = {
             "messages": self.messages(),
-            "tools": self.tools,
+            "tools": self.tools_at(state),
             "task_id": state.task.task_id,
             "turn": state.turn,
             "tool_calls": state.tool_calls,
@@ -298,17 +283,7 @@ class ToolEnv(gym.Env[str, str], ABC):
 
     def render(self) -> str | None:  # type: ignore[override]
         """Returns the episode so far as plain text (`render_mode="ansi"`)."""
-        if self.render_mode != "ansi":
-            return None
-        lines = [f"[{self.state.task.task_id}] {self.state.task.prompt}"]
-        for number, turn in enumerate(self.state.turns(), 1):
-            lines.append(f"--- turn {number}\n{turn.text}")
-            if turn.observation:
-                lines.append(f">>> {turn.observation}")
-        if self.state.outcome is not None:
-            verdict = "correct" if self.state.outcome.is_correct else "wrong"
-            lines.append(f"=== {verdict}, reward {self.state.outcome.reward:g}")
-        return "\n".join(lines)
+        return text_of(self.state) if self.render_mode == "ansi" else None
 
     # Snapshots.
 
@@ -366,7 +341,7 @@ class ToolEnv(gym.Env[str, str], ABC):
         if snapshot.env_id != env_id:
             raise ValueError(f"the snapshot is of {snapshot.env_id!r}, this environment is {env_id!r}")
         if snapshot.config is not self._config and snapshot.config is not None:
-            self._check_config(snapshot.config)
+            check_settings(snapshot.config, self.config)
         if not isinstance(state, EpisodeState):
             raise ValueError(f"the snapshot's payload is a {type(state).__name__}, expected an EpisodeState")
         if seed is not None:
@@ -379,17 +354,6 @@ class ToolEnv(gym.Env[str, str], ABC):
         if random_state is not None and random_state is not self._random.record:
             self._own_generator().put(random_state)
         self._state = state
-
-    def _check_config(self, theirs: Mapping[str, Any]) -> None:
-        ours, theirs, none = self.config, dict(theirs), "unknown"
-        if theirs == ours:
-            return
-        names = [name for name in ours | theirs if theirs.get(name, none) != ours.get(name, none)]
-        raise ValueError(
-            "the snapshot is of an environment with other settings: "
-            + ", ".join(f"{name} was {theirs.get(name, none)!r} and is {ours.get(name, none)!r}" for name in names)
-            + "; restore it into one that was made with the same arguments"
-        )
 
     def fork(self: Self) -> Self:
         """Returns an independent environment at the same moment; tasks, corpus and index are shared."""

@@ -34,8 +34,15 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCalls:
+    """Several well-formed calls of one turn, carried out in this order."""
+
+    calls: tuple[ToolCall, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class FinalAnswer:
-    """The agent's last word."""
+    """The agent's last word; in a conversation, its reply to the user."""
 
     text: str
 
@@ -47,7 +54,9 @@ class FormatError:
     message: str
 
 
-Action = ToolCall | FinalAnswer | FormatError
+Action = ToolCall | ToolCalls | FinalAnswer | FormatError
+Act = ToolCall | ToolCalls | FinalAnswer
+"""What an agent means to do: an action that is well-formed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +67,15 @@ class Turn:
         text: The agent's text, as it came.
         action: What it was parsed to.
         observation: What the agent is shown next; empty after the last turn.
-        error: Whether the action was malformed or the tool refused it.
+        error: Whether the action was malformed or a tool refused it.
+        results: What each call returned, where there were several; the observation is their lines.
     """
 
     text: str
     action: Action
     observation: str
     error: bool = False
+    results: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

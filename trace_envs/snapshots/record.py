@@ -214,3 +214,20 @@ class Snapshotable(Protocol):
     def restore(self, snapshot: Any, *, seed: int | None = None) -> None:
         """Returns to a moment."""
         ...
+
+
+def check_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuses a snapshot of an environment with other settings.
+
+    Raises:
+        ValueError: They differ; the message says in what.
+    """
+    theirs, ours, none = dict(theirs), dict(ours), "unknown"
+    if theirs == ours:
+        return
+    names = [name for name in ours | theirs if theirs.get(name, none) != ours.get(name, none)]
+    raise ValueError(
+        "the snapshot is of an environment with other settings: "
+        + ", ".join(f"{name} was {theirs.get(name, none)!r} and is {ours.get(name, none)!r}" for name in names)
+        + "; restore it into one that was made with the same arguments"
+    )

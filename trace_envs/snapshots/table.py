@@ -30,7 +30,18 @@ from trace_envs.snapshots.plain import (
     generator_state,
     why_not_plain,
 )
-from trace_envs.state import EpisodeState, FinalAnswer, FormatError, History, Outcome, Task, ToolCall, Turn, turns_of
+from trace_envs.state import (
+    EpisodeState,
+    FinalAnswer,
+    FormatError,
+    History,
+    Outcome,
+    Task,
+    ToolCall,
+    ToolCalls,
+    Turn,
+    turns_of,
+)
 
 Node = list[Any]
 _INLINE = 2**63  # larger integers get a node, in hexadecimal: their decimal digits take quadratic time
@@ -63,7 +74,7 @@ def register(cls: type, tag: str) -> type:
     return cls
 
 
-for _cls in (EpisodeState, Task, Turn, ToolCall, FinalAnswer, FormatError, Outcome):
+for _cls in (EpisodeState, Task, Turn, ToolCall, ToolCalls, FinalAnswer, FormatError, Outcome):
     register(_cls, _cls.__name__)
 
 
