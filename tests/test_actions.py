@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from trace_envs.actions import ActionFormat, get_format
 from trace_envs.schemas import check_value, loads_object, signature
-from trace_envs.state import FinalAnswer, FormatError, ToolCall
+from trace_envs.state import FinalAnswer, FormatError, ToolCall, ToolCalls
 
 
 def tool(name: str, properties: dict[str, Any], required: list[str], **extra: Any) -> dict[str, Any]:
@@ -370,3 +370,37 @@ def test_schema_checks_additional_properties() -> None:
 def test_signature_and_strict_json() -> None:
     assert signature("search", SEARCH["function"]) == "search(query: string, top_k: integer (optional))"
     assert loads_object(' {"a": [1.5, "\ud800"]} ') == {"a": [1.5, "\ud800"]}
+
+
+CALLS = ToolCalls(
+    (ToolCall("search", {"query": "a"}), ToolCall("search", {"query": "b"}), ToolCall("search", {"query": "a"}))
+)
+
+
+@pytest.mark.parametrize("name", ["hermes", "react", "tags"])
+def test_several_calls_in_one_turn(name):
+    form = get_format(name)
+    text = form.render("First this, then that.", CALLS, TOOLS)
+    assert form.parse(text, TOOLS, max_calls=3) == CALLS
+    assert "give exactly one" in form.parse(text, TOOLS).message
+    assert "give at most 2" in form.parse(text, TOOLS, max_calls=2).message
+    one = form.render("", CALLS.calls[0], TOOLS)
+    assert form.parse(one, TOOLS, max_calls=3) == CALLS.calls[0]
+    mixed = f"{one}\n{form.render('', FinalAnswer('c'), TOOLS)}"
+    assert "call tools first" in form.parse(mixed, TOOLS, max_calls=3).message
+    assert "up to 3" in form.instructions(TOOLS, max_calls=3)
+
+
+@pytest.mark.parametrize("name", ["hermes", "react", "tags"])
+def test_words_without_an_action_may_be_an_answer(name):
+    form = get_format(name)
+    assert form.parse("<think>hm</think> Hello there. ", TOOLS, plain_answer=True) == FinalAnswer("Hello there.")
+    assert isinstance(form.parse("Hello there.", TOOLS), FormatError)
+    assert isinstance(form.parse("<think>hm</think> ", TOOLS, plain_answer=True), FormatError)
+    assert "reply to the user" in form.instructions(TOOLS, plain_answer=True)
+
+
+def test_half_a_call_is_no_answer():
+    form = get_format("hermes")
+    for text in ('<tool_call>{"name": "search"', '{"name": "search"}</tool_call>'):
+        assert isinstance(form.parse(text, TOOLS, plain_answer=True), FormatError)

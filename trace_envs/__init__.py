@@ -31,7 +31,10 @@ __all__ = [
     "snapshot",
 ]
 
-_ENVIRONMENTS = {"TraceMultiHopQA-v0": "trace_envs.multihop_qa:MultiHopQAEnv"}
+_ENVIRONMENTS = {
+    "TraceMultiHopQA-v0": "trace_envs.multihop_qa:MultiHopQAEnv",
+    "TraceToolUse-v0": "trace_envs.tool_use:ToolUseEnv",
+}
 
 
 def register_envs() -> None:

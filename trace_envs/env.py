@@ -24,7 +24,7 @@ from trace_envs.family import Family
 from trace_envs.randomness import OwnGenerator
 from trace_envs.snapshots.record import SCHEMA_VERSION, EnvSnapshot, check_settings
 from trace_envs.spaces import DEFAULT_MAX_LENGTH, UnicodeText
-from trace_envs.state import Action, EpisodeState, FinalAnswer, FormatError, History, ToolCall, Turn
+from trace_envs.state import Action, EpisodeState, FinalAnswer, FormatError, History, Task, ToolCall, Turn
 
 MAX_KEY = 2**63 - 1
 Self = TypeVar("Self", bound="ToolEnv")
@@ -81,11 +81,8 @@ class ToolEnv(gym.Env[str, str], Family):
         self.max_action_chars = integer("max_action_chars", max_action_chars, 1)
         self.max_observation_chars = integer("max_observation_chars", max_observation_chars, 1)
         self.tools = self.tool_schemas()
-        if system_prompt is None:
-            system_prompt = self.action_format.instructions(
-                self.tools, max_calls=self.max_calls, plain_answer=self.plain_answer
-            )
         self.system_prompt = system_prompt
+        self._instructions: dict[int, tuple[Any, str]] = {}
         # Twice: room for the note that an observation was cut.
         self.observation_space = UnicodeText(max(DEFAULT_MAX_LENGTH, 2 * max_observation_chars))
         self.action_space = UnicodeText()
@@ -256,7 +253,17 @@ class ToolEnv(gym.Env[str, str], Family):
     def messages(self, state: EpisodeState | None = None) -> list[dict[str, Any]]:
         """Returns the conversation as OpenAI-style chat messages."""
         state = self.state if state is None else state
-        return messages_of(state, self.system_prompt, native_results=self.action_format.name == "hermes")
+        prompt = self.system_prompt if self.system_prompt is not None else self._instructions_for(state.task)
+        return messages_of(state, prompt, native_results=self.action_format.name == "hermes")
+
+    def _instructions_for(self, task: Task) -> str:
+        tools = self.first_tools(task)
+        # By identity: tasks share their lists of tools, and to compare schemas takes longer than to show a conversation.
+        known = self._instructions.get(id(tools))
+        if known is None:
+            text = self.action_format.instructions(tools, max_calls=self.max_calls, plain_answer=self.plain_answer)
+            known = self._instructions[id(tools)] = tools, text  # kept, so that its id stays its own
+        return known[1]
 
     def info(self) -> dict[str, Any]:
         """Returns `messages`, `tools`, `task_id`, `turn`, `tool_calls`, `tool_errors`, `tool_error`; the verdict at the end.

@@ -66,6 +66,10 @@ class Family(ABC):
             refused = refused or error
         return state, results, refused
 
+    def first_tools(self, task: Task) -> list[dict[str, Any]]:
+        """Returns the tools of a task's first turn, of which the system prompt tells; by default those of `tool_schemas`."""
+        return self.tools
+
     def tools_at(self, state: EpisodeState) -> list[dict[str, Any]]:
         """Returns the tools that may be called now; by default those of `tool_schemas` at all times."""
         return self.tools
