@@ -161,37 +161,37 @@ def _groups(records: Iterable[Record], prefix: str) -> list[str]:
     return sorted({name for record in records for name in by_group(record, prefix)}, key=natural)
 
 
-def _accuracy_chart(records: Sequence[Record]) -> Chart | None:
-    hops = _groups(records, "eval/accuracy_by_hops")
+def _accuracy_chart(records: Sequence[Record], level_name: str) -> Chart | None:
+    levels = _groups(records, "eval/accuracy_by_level")
     figure, axes = _axes("accuracy", percent=True)
-    for color, name, label in zip(_shades(len(hops)), hops, _hops(hops), strict=True):
-        x, y = _points(records, f"eval/accuracy_by_hops/{name}")
+    for color, name, label in zip(_shades(len(levels)), levels, _legend(levels, level_name), strict=True):
+        x, y = _points(records, f"eval/accuracy_by_level/{name}")
         axes.plot(x, y, color=color, linewidth=1.4, marker="o", markersize=2.5, label=label)
     x, y = _points(records, "eval/accuracy")
     if not len(x):
         return None
     axes.plot(x, y, color=_INK, linewidth=2.2, marker="o", markersize=4, label="all")
     axes.set_ylim(0, 1.02)
-    note = "Held-out questions, by number of hops."
-    return _svg(figure, "Accuracy on unseen questions", note, len(hops) + 1)
+    note = f"Held-out tasks, by {level_name}."
+    return _svg(figure, "Accuracy on unseen tasks", note, len(levels) + 1)
 
 
-def _hops_chart(records: Sequence[Record]) -> Chart | None:
-    names = _groups(records, "budget/by_hops")
-    rows = [record for record in records if by_group(record, "budget/by_hops")]
+def _level_chart(records: Sequence[Record], level_name: str) -> Chart | None:
+    names = _groups(records, "budget/by_level")
+    rows = [record for record in records if by_group(record, "budget/by_level")]
     if not names:
         return None
     parts = np.array_split(np.arange(len(rows)), min(len(rows), 60))
     x = [float(np.mean([rows[i]["update"] for i in part])) for part in parts]
-    keys = [f"budget/by_hops/{name}" for name in names]
+    keys = [f"budget/by_level/{name}" for name in names]
     heights = [[float(np.mean([rows[i].get(key) or 0 for i in part])) for part in parts] for key in keys]
     if len(x) == 1:  # an area needs a width
         x, heights = [x[0] - 0.5, x[0] + 0.5], [height * 2 for height in heights]
     figure, axes = _axes("rollouts per update")
-    axes.stackplot(x, heights, colors=_shades(len(names)), labels=_hops(names), linewidth=0)
+    axes.stackplot(x, heights, colors=_shades(len(names)), labels=_legend(names, level_name), linewidth=0)
     axes.margins(x=0)
-    note = "Root rollouts and continuations, by the hops of their question."
-    return _svg(figure, "By number of hops", note, len(names))
+    note = f"Root rollouts and continuations, by the {level_name} of their task."
+    return _svg(figure, f"By {level_name}", note, len(names))
 
 
 def _depth_chart(records: Sequence[Record]) -> Chart | None:
@@ -206,20 +206,24 @@ def _depth_chart(records: Sequence[Record]) -> Chart | None:
     return _svg(figure, "By depth of the anchor", "Where rollouts start, over the whole run: the prompt or a turn.")
 
 
-def _hops(names: Sequence[str]) -> list[str]:
+def _legend(names: Sequence[str], level_name: str) -> list[str]:
     """Labels for a legend that has to fit on one line."""
-    return [f"{name} hop{'' if name == '1' else 's'}" if i == 0 else name for i, name in enumerate(names)]
+    return [f"{level_name} {name}" if i == 0 else name for i, name in enumerate(names)]
 
 
-def draw(records: Sequence[Record]) -> tuple[list[Chart], list[Chart], list[Chart]]:
+def draw(records: Sequence[Record], level_name: str = "level") -> tuple[list[Chart], list[Chart], list[Chart]]:
     """Draws what the records of a run have figures for.
+
+    Args:
+        records: The run's metrics.
+        level_name: What levels of tasks count, in one word.
 
     Returns:
         Learning curves, pictures of the budget, and pictures of the predictor.
     """
     with matplotlib.rc_context(_STYLE):
-        curves = [_accuracy_chart(records), *(_line_chart(records, spec) for spec in _CURVES)]
-        budget = [_hops_chart(records), _depth_chart(records)]
+        curves = [_accuracy_chart(records, level_name), *(_line_chart(records, spec) for spec in _CURVES)]
+        budget = [_level_chart(records, level_name), _depth_chart(records)]
         predictor = [_line_chart(records, spec) for spec in _PREDICTOR]
     return list(filter(None, curves)), list(filter(None, budget)), list(filter(None, predictor))
 

@@ -24,6 +24,7 @@ from agents.display import before_after_table
 from agents.figures import engine_line, learner_line
 from agents.report import write_report
 from agents.runlog import CONFIG, METRICS, read_jsonl
+from agents.tasks import level_name
 from allocation import RolloutError
 from trace_envs.snapshots import SnapshotUnsupportedError
 
@@ -57,18 +58,20 @@ class WarmStartArgs:
 
     Attributes:
         output: Folder to write; `trace-envs train --model FOLDER` starts from it.
+        env_id: Gymnasium environment, one with an oracle.
         seed: Seeds weights, questions and mistakes.
         threads: CPU threads of torch; 0 leaves torch's choice.
     """
 
     output: Path
+    env_id: str = "TraceMultiHopQA-v0"
     seed: int = 0
     threads: int = 0
 
 
 @dataclass(frozen=True)
 class ShowArgs:
-    """Shows a run: the gain by hops, and where its report is.
+    """Shows a run: the gain by level of the tasks, and where its report is.
 
     Attributes:
         run: Directory of the run, such as runs/trace.
@@ -142,7 +145,7 @@ def _train(trainer: Trainer, console: Console) -> int:
         )
         return 130
     report = write_report(config.directory)
-    console.print(before_after_table(before, after))
+    console.print(before_after_table(before, after, level_name(config.env_id)))
     total = trainer.total
     console.print(
         f"{total.root_rollouts + total.continuations:,} rollouts ({total.continuations:,} continuations), "
@@ -160,12 +163,12 @@ def warm_start_command(argv: Sequence[str]) -> int:
     import torch
     from rich.progress import track
 
-    from agents.warm_start import WarmStartConfig, warm_start
+    from agents.warm_start import config_for, warm_start
 
     args = parse(WarmStartArgs, argv, "warm-start")
     if args.threads:
         torch.set_num_threads(args.threads)
-    config = WarmStartConfig(seed=args.seed)
+    config = config_for(args.env_id, args.seed)
     console = Console()
     steps = iter(track(range(sum(phase.steps for phase in config.phases)), "warm start", console=console))
 
@@ -187,9 +190,18 @@ def show(argv: Sequence[str]) -> int:
     records = [r for r in read_jsonl(args.run / METRICS) if "eval/accuracy" in r]
     console = Console()
     if len(records) > 1:
-        console.print(before_after_table(records[0], records[-1]))
+        console.print(before_after_table(records[0], records[-1], level_name(_env_id(args.run))))
     console.print(f"report: {write_report(args.run)}")
     return 0
+
+
+def _env_id(run: Path) -> str:
+    """Returns the environment of a run; empty if its settings are gone."""
+    import yaml
+
+    path = run / CONFIG
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return str(config.get("env_id", "")) if isinstance(config, dict) else ""
 
 
 def bench(argv: Sequence[str]) -> int:

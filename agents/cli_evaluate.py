@@ -18,14 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from agents.evaluate import evaluate, make_env
-from agents.models import SHIPPED, env_settings, load_model, load_tokenizer
+from agents.models import TINY, env_settings, load_model, load_tokenizer, model_source, shipped_for
 from agents.policies import SCRIPTS, Policy, ScriptedPolicy, TransformersPolicy
 from agents.policies.engine_config import EngineConfig
 from agents.policies.make import say_template
 from agents.policies.sampling import Sampling
+from agents.policies.scripted import oracle_of
+from agents.tasks import level_name, task_ids, with_split
 from allocation import Forest
 from allocation.asking import AsyncPolicy
 from allocation.export.chat import append_chat
+from trace_envs.env import ToolEnv
 
 ENGINES = ("transformers", "vllm", "openai")
 MODEL = "model"
@@ -67,7 +70,10 @@ class EvaluateArgs:
         dataset: Data set: synthetic (if it is left out), hotpotqa, 2wikimultihopqa, musique or bamboogle.
         data_path: File with the questions of a real data set.
         corpus_path: File with the passages to search; the questions' own contexts if it is left out.
-        split: Split of the data set.
+        split: Split of the data set or suite.
+        suite: Of TraceToolUse-v0: `embedded` (if it is left out) or `bfcl-v4`.
+        category: Of TraceToolUse-v0: kind of tasks, such as `shop` or `multi_turn_base`.
+        calls_per_turn: Of TraceToolUse-v0: most calls of one turn.
         agent: A scripted agent, `oracle` or `bm25`, or `model`. If it is left out, `model` where a policy or model is named,
             else `oracle`.
         policy: What runs the model: `transformers`, `vllm`, or `openai` for any server with OpenAI's interface.
@@ -101,6 +107,9 @@ class EvaluateArgs:
     data_path: str | None = None
     corpus_path: str | None = None
     split: str = "test"
+    suite: str | None = None
+    category: str | None = None
+    calls_per_turn: int | None = None
     agent: str | None = None
     policy: str | None = None
     model: str | None = None
@@ -173,16 +182,18 @@ class EvaluateArgs:
             "dataset": self.dataset,
             "data_path": self.data_path,
             "corpus_path": self.corpus_path,
-            "split": self.split,
+            "suite": self.suite,
+            "category": self.category,
+            "calls_per_turn": self.calls_per_turn,
             "top_k": self.top_k,
             "max_turns": self.max_turns,
             "action_format": self.action_format,
             "system_prompt": self.system_prompt,
         }
-        given = {name: value for name, value in given.items() if value is not None}
+        given = with_split(self.env_id, {name: value for name, value in given.items() if value is not None}, self.split)
         if self.script is not None or self.policy == "openai":
             return given
-        return env_settings(self.model or "tiny", self.env_id) | given
+        return env_settings(self.model or TINY, self.env_id) | given
 
 
 def parse(cls: type, argv: Sequence[str], command: str, **kwargs: Any) -> Any:
@@ -196,15 +207,15 @@ def evaluate_command(argv: Sequence[str]) -> int:
     args.check()
     known = args.env_kwargs()
     with closing(make_env(args.env_id, known)) as env:
-        task_ids = list(env.unwrapped.task_ids())  # type: ignore[attr-defined]
-    task_ids = task_ids[: args.limit] if args.limit else task_ids
+        ids = task_ids(args.env_id, env)
+    ids = ids[: args.limit] if args.limit else ids
     console = Console()
     with ExitStack() as opened:
-        policy, name = _policy(args, opened)
+        policy, name = _policy(args, known, opened)
         bar = Progress(
             TextColumn(f"evaluating {name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
         )
-        task = bar.add_task("", total=len(task_ids))
+        task = bar.add_task("", total=len(ids))
         if console.is_terminal:
             opened.enter_context(bar)
 
@@ -213,27 +224,33 @@ def evaluate_command(argv: Sequence[str]) -> int:
             if args.save_rollouts is not None:
                 append_chat(forest, args.save_rollouts)
 
-        record = evaluate(policy, args.env_id, known, task_ids, num_envs=args.num_envs, seed=args.seed, done=done)
+        record = evaluate(policy, args.env_id, known, ids, num_envs=args.num_envs, seed=args.seed, done=done)
     console.print(_evaluation_table(args, name, record))
     if args.output is not None:
         args.output.write_text(json.dumps(record, indent=2) + "\n")
     return 0
 
 
-def _policy(args: EvaluateArgs, opened: ExitStack) -> tuple[Policy | AsyncPolicy, str]:
+def _policy(args: EvaluateArgs, known: dict[str, Any], opened: ExitStack) -> tuple[Policy | AsyncPolicy, str]:
     """Returns the policy and what to call it; what has to be closed goes on the stack."""
     if args.script is not None:
-        return ScriptedPolicy(args.script, action_format=args.action_format or "hermes", seed=args.seed), args.script
+        script: Any = args.script
+        if script == "oracle":
+            knowing = opened.enter_context(closing(make_env(args.env_id, known))).unwrapped
+            if not isinstance(knowing, ToolEnv):
+                raise ValueError(f"--agent oracle: {args.env_id} has no oracle; name a --model or a --policy")
+            script = oracle_of(knowing)
+        return ScriptedPolicy(script, action_format=args.action_format or "hermes", seed=args.seed), args.script
     keywords: dict[str, Any] = {n: getattr(args.sampling, n) for n in args.sampling.__dataclass_fields__}
     if args.policy == "openai":
         return _server_policy(args, keywords, opened)
-    name = args.model or "tiny"
+    name = shipped_for(args.model or TINY, args.env_id)
     keywords["template_kwargs"] = {} if args.thinking is None else {"enable_thinking": args.thinking}
     policy: Any
     if args.policy == "vllm":
         from agents.policies.vllm_policy import VLLMPolicy
 
-        policy = VLLMPolicy(SHIPPED.get(name, name), load_tokenizer(name), engine=args.engine, **keywords)
+        policy = VLLMPolicy(model_source(name), load_tokenizer(name), engine=args.engine, **keywords)
     else:
         model, tokenizer = load_model(name, device=args.device, dtype=args.dtype)
         policy = TransformersPolicy(model, tokenizer, **keywords)
@@ -260,10 +277,14 @@ def _evaluation_table(args: EvaluateArgs, name: str, record: dict[str, Any]) -> 
     table = Table(title=f"{name} on {args.dataset or args.env_id}, {record['eval/questions']} questions")
     table.add_column("measure")
     table.add_column("value", justify="right")
+    levels = level_name(args.env_id)
     labels = {
         "eval/em": "exact match",
         "eval/f1": "F1",
         "eval/supporting_recall": "recall of supporting passages",
+        "eval/turns_passed": "user turns done right",
+        "eval/state_match": "  of these checks: the world is right",
+        "eval/response_match": "  of these checks: the answer is right",
     }
     for key, label in labels.items():
         if key in record:
@@ -275,10 +296,11 @@ def _evaluation_table(args: EvaluateArgs, name: str, record: dict[str, Any]) -> 
         if record.get(key):
             table.add_row(f"  of these: {label}", f"{100 * record[key]:.1f} %")
     for key, value in record.items():
-        if key.startswith("eval/accuracy_by_hops/"):
-            hops = key.rsplit("/", 1)[1]
-            count = record[f"eval/questions_by_hops/{hops}"]
+        if key.startswith("eval/accuracy_by_level/"):
+            level = key.rsplit("/", 1)[1]
+            count = record[f"eval/questions_by_level/{level}"]
             table.add_row(
-                f"accuracy, {hops} hops ({count})" if hops != "0" else f"accuracy ({count})", f"{100 * value:.1f} %"
+                f"accuracy, {levels} {level} ({count})" if level != "0" else f"accuracy ({count})",
+                f"{100 * value:.1f} %",
             )
     return table

@@ -17,7 +17,7 @@ import tyro
 import yaml
 
 from agents.learner_config import LearnerConfig
-from agents.models import env_settings
+from agents.models import env_settings, shipped_for
 from agents.policies.engine_config import EngineConfig
 from agents.policies.sampling import Sampling
 from agents.runlog import CONFIG
@@ -56,6 +56,9 @@ class EnvConfig:
         corpus_path: File with the passages to search.
         dataset_seed: Seed of the synthetic encyclopedia.
         top_k: Passages that a search returns.
+        suite: Of TraceToolUse-v0: `embedded` or `bfcl-v4`.
+        category: Of TraceToolUse-v0: kind of tasks.
+        calls_per_turn: Of TraceToolUse-v0: most calls of one turn.
         max_turns: Turns after which an episode is truncated.
         search_dropout: Chance that a passage found is withheld.
         reward: Terminal reward: `em` or `f1`.
@@ -68,6 +71,9 @@ class EnvConfig:
     corpus_path: str | None = None
     dataset_seed: int | None = None
     top_k: int | None = None
+    suite: str | None = None
+    category: str | None = None
+    calls_per_turn: int | None = None
     max_turns: int | None = None
     search_dropout: float | None = None
     reward: str | None = None
@@ -112,7 +118,7 @@ class TrainConfig(LearnerConfig):
         num_envs: Rollouts that run side by side.
         train_split: Split that training questions come from.
         eval_split: Split that is evaluated before and after.
-        eval_per_hop: Questions of each number of hops in an evaluation; 0 for all.
+        eval_per_level: Tasks of each level (number of hops, for instance) in an evaluation; 0 for all.
         eval_every: Also evaluate every so many updates; 0 for only before and after.
         log_trees: Trees written to `trees.jsonl` for each update.
         checkpoint_every: Updates between checkpoints.
@@ -148,7 +154,7 @@ class TrainConfig(LearnerConfig):
     num_envs: int = 128
     train_split: str = "train"
     eval_split: str = "test"
-    eval_per_hop: int = 100
+    eval_per_level: int = 100
     eval_every: int = 0
     log_trees: int = 4
     checkpoint_every: int = 10
@@ -172,7 +178,7 @@ class TrainConfig(LearnerConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_per_hop", "eval_every", "log_trees", "threads"):
+        for name in ("eval_per_level", "eval_every", "log_trees", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         known = {
@@ -247,6 +253,7 @@ def resolve(config: TrainConfig, *, resume: bool = False) -> TrainConfig:
     return replace(
         config,
         env=env,
+        model=shipped_for(config.model, config.env_id),
         name=name,
         predictor=config.predictor or ("text" if foreign else "hidden_state"),
         # Other kernels give other log-probs for the same weights.

@@ -28,17 +28,17 @@ _WIDE = 88
 
 
 @dataclass(frozen=True, slots=True)
-class HopsRow:
+class LevelRow:
     """One line of the before/after table.
 
     Attributes:
-        hops: Number of hops, or "mean".
+        level: How hard the tasks are (number of hops, of calls), or "mean".
         questions: Questions asked, where the records say so.
         before: Accuracy in [0, 1] from the warm start.
         after: Accuracy in [0, 1] after training.
     """
 
-    hops: str
+    level: str
     questions: int | None
     before: float | None
     after: float | None
@@ -62,7 +62,7 @@ def by_group(record: Record, prefix: str) -> dict[str, float]:
 
     Args:
         record: A record of metrics.jsonl.
-        prefix: For instance `eval/accuracy_by_hops`.
+        prefix: For instance `eval/accuracy_by_level`.
 
     Returns:
         The numbers by name, in natural order; nulls are left out.
@@ -72,52 +72,53 @@ def by_group(record: Record, prefix: str) -> dict[str, float]:
     return {name: found[name] for name in sorted(found, key=natural) if _number(found[name]) is not None}
 
 
-def compare_by_hops(before: Record, after: Record) -> list[HopsRow]:
-    """Lines two evaluations up by number of hops.
+def compare_by_level(before: Record, after: Record) -> list[LevelRow]:
+    """Lines two evaluations up by level.
 
     Args:
-        before: Record with `eval/accuracy_by_hops/<hops>` and, if known, `eval/questions_by_hops/<hops>`.
+        before: Record with `eval/accuracy_by_level/<level>` and, if known, `eval/questions_by_level/<level>`.
         after: The same, later.
 
     Returns:
-        One row for each number of hops, then the mean over those that both have, each number of hops weighing the same.
+        One row for each level, then the mean over those that both have, each level weighing the same.
     """
-    old, new = (by_group(record, "eval/accuracy_by_hops") for record in (before, after))
-    asked = by_group(before, "eval/questions_by_hops") | by_group(after, "eval/questions_by_hops")
+    old, new = (by_group(record, "eval/accuracy_by_level") for record in (before, after))
+    asked = by_group(before, "eval/questions_by_level") | by_group(after, "eval/questions_by_level")
     rows = [
-        HopsRow(hops, int(asked[hops]) if hops in asked else None, old.get(hops), new.get(hops))
-        for hops in sorted(old.keys() | new.keys(), key=natural)
+        LevelRow(level, int(asked[level]) if level in asked else None, old.get(level), new.get(level))
+        for level in sorted(old.keys() | new.keys(), key=natural)
     ]
     both = [(row.before, row.after) for row in rows if row.before is not None and row.after is not None]
     if both:
         means = [sum(side) / len(both) for side in zip(*both, strict=True)]
-        rows.append(HopsRow("mean", sum(int(n) for n in asked.values()) if asked else None, means[0], means[1]))
+        rows.append(LevelRow("mean", sum(int(n) for n in asked.values()) if asked else None, means[0], means[1]))
     return rows
 
 
-def before_after_table(before: Record, after: Record) -> Table:
+def before_after_table(before: Record, after: Record, level_name: str = "level") -> Table:
     """Makes the table that ends a run.
 
     Args:
-        before: Evaluation of the warm start; see :func:`compare_by_hops`.
+        before: Evaluation of the warm start; see :func:`compare_by_level`.
         after: Evaluation after training.
+        level_name: What levels count, in one word.
 
     Returns:
-        A rich table with a row for each number of hops and a row for their mean.
+        A rich table with a row for each level and a row for their mean.
     """
-    table = Table(title="Accuracy on unseen questions", title_justify="left", title_style="bold")
-    for name in ("hops", "questions", "warm start", "after training", "gain"):
-        table.add_column(name, justify="right", no_wrap=name == "hops")
-    for row in compare_by_hops(before, after):
-        if row.hops == "mean":
+    table = Table(title="Accuracy on unseen tasks", title_justify="left", title_style="bold")
+    for name in (level_name, "tasks", "warm start", "after training", "gain"):
+        table.add_column(name, justify="right", no_wrap=name == level_name)
+    for row in compare_by_level(before, after):
+        if row.level == "mean":
             table.add_section()
         gain = Text(_DASH) if row.gain is None else Text(f"{row.gain:+.1f}")
         gain.stylize("" if row.gain is None or abs(row.gain) < 0.05 else "green" if row.gain > 0 else "red")
         cells = (_count(row.questions), _percent(row.before), _percent(row.after))
-        table.add_row(Text(row.hops), *cells, gain, style="bold" if row.hops == "mean" else None)
+        table.add_row(Text(row.level), *cells, gain, style="bold" if row.level == "mean" else None)
     if not table.row_count:
-        table.caption = "no evaluation by hops was recorded"
-    elif any(row.gain is not None for row in compare_by_hops(before, after)):
+        table.caption = "no evaluation by level was recorded"
+    elif any(row.gain is not None for row in compare_by_level(before, after)):
         table.caption = "gain in percentage points"
     return table
 

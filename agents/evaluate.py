@@ -71,10 +71,10 @@ def evaluate(
         done: Called with each part of the episodes as it is finished.
 
     Returns:
-        A record with `eval/accuracy` (the mean over numbers of hops where tasks have them, so that every length counts the
-        same), `eval/accuracy_all` (the mean over tasks), `eval/turns`, `eval/tool_errors`, `eval/truncated`, every score of
-        the outcome (`eval/em`, `eval/f1`, `eval/supporting_recall`, ...), and by hops `eval/accuracy_by_hops/<h>` and
-        `eval/questions_by_hops/<h>`.
+        A record with `eval/accuracy` (the mean over levels, such as numbers of hops, where tasks have them, so that every level
+        counts the same), `eval/accuracy_all` (the mean over tasks), `eval/turns`, `eval/tool_errors`, `eval/truncated`, every
+        score of the outcome (`eval/em`, `eval/f1`, `eval/supporting_recall`, ...), and by level `eval/accuracy_by_level/<l>`
+        and `eval/questions_by_level/<l>`.
     """
     if not task_ids:
         raise ValueError("no task to evaluate on")
@@ -107,13 +107,13 @@ def _forests(
 
 
 def _leaves(forest: Forest) -> list[tuple[int, Any]]:
-    return [(int(tree.info.get("hops", 0)), leaf) for tree in forest for leaf in tree.leaves()]
+    return [(int(tree.info.get("level", 0)), leaf) for tree in forest for leaf in tree.leaves()]
 
 
 def summary(leaves: Sequence[tuple[int, Any]]) -> dict[str, Any]:
-    """Returns the record of `evaluate` for (hops, terminal node) pairs."""
+    """Returns the record of `evaluate` for (level, terminal node) pairs."""
     correct = np.array([bool(leaf.is_correct) for _, leaf in leaves], dtype=float)
-    hops = np.array([h for h, _ in leaves])
+    levels = np.array([level for level, _ in leaves])
     record: dict[str, Any] = {
         "eval/accuracy_all": float(correct.mean()),
         "eval/questions": len(leaves),
@@ -123,9 +123,9 @@ def summary(leaves: Sequence[tuple[int, Any]]) -> dict[str, Any]:
     }
     for name in sorted({name for _, leaf in leaves for name in leaf.components or ()}):
         record[f"eval/{name}"] = float(np.mean([(leaf.components or {}).get(name, 0.0) for _, leaf in leaves]))
-    by_hops = {int(h): float(correct[hops == h].mean()) for h in np.unique(hops)}
-    record["eval/accuracy"] = float(np.mean(list(by_hops.values())))
-    for h, accuracy in by_hops.items():
-        record[f"eval/accuracy_by_hops/{h}"] = accuracy
-        record[f"eval/questions_by_hops/{h}"] = int((hops == h).sum())
+    by_level = {int(level): float(correct[levels == level].mean()) for level in np.unique(levels)}
+    record["eval/accuracy"] = float(np.mean(list(by_level.values())))
+    for level, accuracy in by_level.items():
+        record[f"eval/accuracy_by_level/{level}"] = accuracy
+        record[f"eval/questions_by_level/{level}"] = int((levels == level).sum())
     return record

@@ -37,7 +37,7 @@ def batch_figures(forest: Forest, updates: int) -> dict[str, Any]:
         figures["policy/version_lag"] = updates - float(np.mean(versions))
     figures |= {f"ledger/{name}": count for name, count in forest.ledger.counts().items()}
     for tree in forest:
-        name = f"budget/by_hops/{tree.info.get('hops', 0)}"
+        name = f"budget/by_level/{tree.info.get('level', 0)}"
         figures[name] = figures.get(name, 0) + len(tree.leaves())
         for leaf in tree.leaves():
             name = f"budget/by_depth/{_branch_depth(tree, leaf)}"

@@ -17,25 +17,40 @@ from transformers.utils import logging as transformers_logging
 from agents.lora import ADAPTER_CONFIG, adapter_base, load_adapters
 
 ASSETS = Path(__file__).parent / "assets"
-SHIPPED = {"tiny": ASSETS / "tiny-multihop"}
+TINY = "tiny"
+SHIPPED = {TINY: ASSETS / "tiny-multihop", "tiny-tools": ASSETS / "tiny-tools", "tiny-math": ASSETS / "tiny-math"}
 """Models that come with the package, by name."""
+TINY_OF = {"TraceMultiHopQA-v0": TINY, "TraceToolUse-v0": "tiny-tools", "TraceMath-v0": "tiny-math"}
+"""The tiny agent of each environment; where an environment has none, `tiny` is that of multi-hop questions."""
 ENV_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
-    "tiny": {"TraceMultiHopQA-v0": {"top_k": 2, "system_prompt": ""}},
+    TINY: {"TraceMultiHopQA-v0": {"top_k": 2, "system_prompt": ""}},
+    "tiny-tools": {"TraceToolUse-v0": {"system_prompt": "", "calls_per_turn": 1}},
+    "tiny-math": {"TraceMath-v0": {"system_prompt": ""}},
 }
 """How a shipped model was trained to be asked, by model and environment; it knows no other way."""
 
 
+def shipped_for(model: str, env_id: str) -> str:
+    """Returns the name of the tiny agent of an environment for `tiny`, and any other name as it is."""
+    return TINY_OF.get(env_id, TINY) if model == TINY else model
+
+
 def env_settings(model: str, env_id: str) -> dict[str, Any]:
     """Returns the arguments of the environment that a shipped model brings; none for any other model."""
-    return ENV_SETTINGS.get(model, {}).get(env_id, {})
+    return ENV_SETTINGS.get(shipped_for(model, env_id), {}).get(env_id, {})
+
+
+def model_source(name: str) -> str | Path:
+    """Returns the folder of a shipped model, and any other name as it is."""
+    return SHIPPED.get(name, name)
 
 
 def load_model(name: str, *, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
     """Loads a causal language model and its tokenizer.
 
     Args:
-        name: `tiny` (the shipped warm start), a local folder in transformers' format, or a hub id. A local folder may hold
-            low-rank adapters alone: they are put into the model that they belong to and can be trained further.
+        name: `tiny` or another shipped warm start (`SHIPPED`), a local folder in transformers' format, or a hub id. A local
+            folder may hold low-rank adapters alone: they are put into the model that they belong to and can be trained further.
         device: Where the model goes.
         dtype: A torch dtype by name, or `auto` for the one it was saved in.
 

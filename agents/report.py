@@ -21,8 +21,9 @@ import yaml
 from markupsafe import Markup
 
 from agents.charts import draw, palette
-from agents.display import compare_by_hops, natural
+from agents.display import compare_by_level, natural
 from agents.runlog import CONFIG, METRICS, REPORT, TREES, iter_jsonl, read_jsonl
+from agents.tasks import level_name
 
 MAX_TREES = 200
 MAX_TREE_BYTES = 4_000_000
@@ -240,7 +241,8 @@ def write_report(run_directory: str | os.PathLike[str]) -> Path:
 
     evaluations = [record for record in records if isinstance(record.get("eval/accuracy"), int | float)]
     first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
-    curves, budget, predictor = draw(records)
+    levels = level_name(str(config.get("env_id", "")))
+    curves, budget, predictor = draw(records, levels)
     flat = _flatten(config)
     page = environment.get_template("report.html.j2").render(
         name=directory.resolve().name,
@@ -249,7 +251,8 @@ def write_report(run_directory: str | os.PathLike[str]) -> Path:
         updates=max((record["update"] for record in records), default=0),
         first=first,
         last=last,
-        hops=compare_by_hops(first, last),
+        levels=compare_by_level(first, last),
+        level_name=levels,
         roots=_tail_mean(records, "effective_ratio/roots"),
         whole=_tail_mean(records, "effective_ratio/tree"),
         ledger=_ledger(records),

@@ -1,4 +1,4 @@
-"""Which tasks a run meets: in training from a shuffled deck, in evaluation the first of each number of hops.
+"""Which tasks a run meets: in training from a shuffled deck, in evaluation the first of each level.
 
 Invariant: what is dealt is a function of the generator and of what was dealt before; both are in a run's checkpoints.
 """
@@ -6,13 +6,18 @@ Invariant: what is dealt is a function of the generator and of what was dealt be
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 
 from agents.evaluate import make_env
 from allocation import Root
+from trace_envs.env import ToolEnv
 
 
 class TaskDeck:
@@ -46,18 +51,58 @@ class TaskDeck:
         self._order = np.asarray(state["order"], dtype=np.int64)
 
 
-def eval_task_ids(env_id: str, env_kwargs: dict[str, Any], per_hop: int) -> list[str]:
-    """Returns the first `per_hop` tasks of each number of hops (all tasks if it is 0), in the data set's order."""
+def env_class(env_id: str) -> type | None:
+    """Returns the class of an environment, without making one; `None` if the id is unknown or stands for a function."""
+    module, _, name = env_id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        entry = gym.spec(name).entry_point
+        made: Any = load_env_creator(entry) if isinstance(entry, str) else entry
+    except (gym.error.Error, ImportError, AttributeError, ValueError):
+        return None
+    return made if inspect.isclass(made) else None
+
+
+def level_name(env_id: str) -> str:
+    """Returns what the levels of an environment's tasks count, in one word."""
+    found = env_class(env_id)
+    return found.level_name if found is not None and issubclass(found, ToolEnv) else "level"
+
+
+def with_split(env_id: str, env_kwargs: dict[str, Any], split: str) -> dict[str, Any]:
+    """Returns an environment's arguments with the split among them, where it knows splits at all."""
+    found = env_class(env_id)
+    known = found is None or "split" in inspect.signature(found.__init__).parameters  # type: ignore[misc]
+    return {**env_kwargs, "split": split} if known else dict(env_kwargs)
+
+
+def task_ids(env_id: str, env: gym.Env) -> list[str]:
+    """Returns the ids of an environment's tasks.
+
+    Raises:
+        ValueError: It has no list of tasks.
+    """
+    bare: Any = env.unwrapped
+    if not hasattr(bare, "task_ids"):
+        raise ValueError(
+            f"environment {env_id!r} has no task_ids(), the list of its tasks, which training and evaluation need"
+        )
+    return list(bare.task_ids())
+
+
+def eval_task_ids(env_id: str, env_kwargs: dict[str, Any], per_level: int) -> list[str]:
+    """Returns the first `per_level` tasks of each level (all tasks if it is 0), in the data set's order."""
     with contextlib.closing(make_env(env_id, env_kwargs)) as made:
         env: Any = made.unwrapped
-        ids = list(env.task_ids())
-        if not per_hop:
+        ids = task_ids(env_id, made)
+        if not per_level or not isinstance(env, ToolEnv):
             return ids
         taken: dict[int, int] = {}
         chosen = []
         for task_id in ids:
-            hops = int(getattr(env.pick_task(np.random.default_rng(0), task_id), "hops", 0))
-            if taken.get(hops, 0) < per_hop:
-                taken[hops] = taken.get(hops, 0) + 1
+            level = env.level_of(env.pick_task(np.random.default_rng(0), task_id))
+            if taken.get(level, 0) < per_level:
+                taken[level] = taken.get(level, 0) + 1
                 chosen.append(task_id)
         return chosen

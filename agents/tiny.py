@@ -6,7 +6,7 @@ the synthetic encyclopedia are short in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trace_envs.multihop_qa.synthetic import name_chunks
+from trace_envs.schemas import Tools, by_name, dumps
 
 END, USER, TOOL, ASSISTANT = "<|im_end|>", "<|user|>", "<|tool|>", "<|assistant|>"
-# What stands around queries, answers and passages in every turn; as single tokens they cost one step each.
+# What stands around queries, answers and passages in every turn of multi-hop questions; as single tokens they cost a step each.
 FORMAT_TOKENS = (
     '\n<tool_call>{"name": "search", "arguments": {"query": "',
     '"}}</tool_call>',
@@ -37,12 +38,34 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+def tokens_of_calls(tools: Tools) -> list[str]:
+    """Returns what stands around the arguments of a call in the format `hermes`, with them in the schema's order.
+
+    Optional arguments are left out: whoever uses them spells them. The schema itself is one token too, for tools that the user
+    gives in the middle of a conversation.
+    """
+    tokens = ["\n<answer>", "<answer>", "</answer>"]
+    for function in by_name(tools).values():
+        parameters = function["parameters"]
+        tokens.append(dumps(dict(function)))
+        before, quoted = f'\n<tool_call>{{"name": "{function["name"]}", "arguments": {{', False
+        for name in parameters.get("required", ()):
+            kind = parameters["properties"][name].get("type")
+            tokens.append(f'{before}"{name}": ' + '"' * (kind == "string"))
+            before, quoted = '"' * (kind == "string") + ", ", kind == "string"
+        tokens.append('"' * quoted + "}}</tool_call>")
+    return tokens
+
+
+def build_tokenizer(
+    texts: Iterable[str], *, vocab_size: int = 1024, format_tokens: Sequence[str] = FORMAT_TOKENS
+) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE whose name words are two tokens, opener and closer.
 
     Args:
         texts: Training text.
         vocab_size: Size of the vocabulary, special tokens included.
+        format_tokens: Texts that are one token each.
     """
     openers, closers = name_chunks()
     # Without the split BPE would learn the names of the training world as single tokens and spell all others.
@@ -60,13 +83,13 @@ def build_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> PreTrain
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=vocab_size - len(FORMAT_TOKENS),
+            vocab_size=vocab_size - len(format_tokens),
             special_tokens=special,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in FORMAT_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in format_tokens])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
     )

@@ -29,7 +29,7 @@ from agents.policies import collect
 from agents.policies.make import make_trainable
 from agents.reference import make_reference
 from agents.runlog import CONFIG, METRICS, RunLog, read_jsonl
-from agents.tasks import TaskDeck, eval_task_ids
+from agents.tasks import TaskDeck, eval_task_ids, task_ids, with_split
 from agents.tokenizer_checks import check_vocabulary
 from allocation import Ledger, Tree, TreeAllocationWrapper, make_allocator, make_predictor
 from allocation.methods.predicted import PredictedAllocator
@@ -89,7 +89,7 @@ class Trainer:
             reference=reference,
             directory=config.directory / "skipped",
         )
-        self.env_kwargs = {**config.env.kwargs(), "split": config.train_split}
+        self.env_kwargs = with_split(config.env_id, config.env.kwargs(), config.train_split)
         self.allocator = make_allocator(
             config.allocator,
             predictor=self._predictor(),
@@ -107,7 +107,7 @@ class Trainer:
             envs = opened.enter_context(
                 contextlib.closing(make_vector(config.env_id, config.num_envs, self.env_kwargs))
             )
-            self.deck = TaskDeck(envs.envs[0].unwrapped.task_ids())  # type: ignore[attr-defined]
+            self.deck = TaskDeck(task_ids(config.env_id, envs.envs[0]))
             self.envs = TreeAllocationWrapper(
                 envs,
                 allocator=self.allocator,
@@ -210,9 +210,9 @@ class Trainer:
         start = time.perf_counter()
         # A policy of its own: evaluation must not move the generator that training samples from.
         policy = self.policy.sibling(seed=self.config.seed + 1)
-        kwargs = {**self.env_kwargs, "split": self.config.eval_split}
+        kwargs = with_split(self.config.env_id, self.env_kwargs, self.config.eval_split)
         record = evaluate(
-            policy, self.config.env_id, kwargs, eval_task_ids(self.config.env_id, kwargs, self.config.eval_per_hop)
+            policy, self.config.env_id, kwargs, eval_task_ids(self.config.env_id, kwargs, self.config.eval_per_level)
         )
         record = {"update": self.update, **record, "time/evaluation": time.perf_counter() - start}
         self.log.log(record)

@@ -1,16 +1,16 @@
 """Warm start: supervised learning on an oracle's trajectories, so that reinforcement learning has successes to build on.
 
-Invariant: a trajectory is made by stepping the real environment with the oracle's text, so the tokens have exactly the form
-that they will have when the model acts; only what the agent writes is trained.
+Invariant: a phase is a function of the model before it, the settings and the seed.
 
-*Reading drills* come first: the result of a search and every fact in it, several facts a sequence, because finding a value in
-a text is what takes a small model longest, and a trajectory practises it once a turn. Then come trajectories, most of them
-of few hops, which leaves success spread widely: most one-hop questions are answered, hardly any six-hop ones.
+For multi-hop questions *reading drills* come first: the result of a search and every fact in it, several facts a sequence,
+because finding a value in a text is what takes a small model longest, and a trajectory practises it once a turn. Then come
+trajectories, most of them of low levels, which leaves success spread widely: most one-hop questions are answered, hardly any
+six-hop ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from agents.evaluate import make_env
 from agents.layout import grouped
-from agents.policies.chat import ChatCodec, new_messages
+from agents.models import env_settings
+from agents.policies.chat import ChatCodec
 from agents.renaming import Renamer
-from agents.tiny import build_model, build_tokenizer
-from trace_envs.multihop_qa import MultiHopQAEnv, QADataset, QATask
-from trace_envs.multihop_qa.oracle import oracle_action
-from trace_envs.multihop_qa.retrieval import format_passages
-from trace_envs.multihop_qa.synthetic.relations import FINDING
+from agents.tiny import FORMAT_TOKENS, build_model, build_tokenizer, tokens_of_calls
+from agents.trajectories import ReadingDrills, Trajectory, oracle_trajectory, supervised_loss
+from trace_envs.env import ToolEnv
+from trace_envs.multihop_qa import MultiHopQAEnv, QADataset
+from trace_envs.multihop_qa.synthetic.names import split_countries, split_words
 
 MICRO_TOKENS = 4096
+TOKENIZER_TASKS = 600
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,25 @@ class Phase:
 
     Attributes:
         steps: Optimiser steps.
-        hops: Share of each number of hops among the questions, from one hop on; they are normalised. Empty for reading drills.
+        levels: Share of each level (number of hops, for instance) among the tasks, from level 1 on; they are normalised. Empty
+            for reading drills, which multi-hop questions have.
         lr: Peak step size; it warms up over a tenth of the phase and decays to a tenth.
     """
 
     steps: int
-    hops: tuple[float, ...] = ()
+    levels: tuple[float, ...] = ()
     lr: float = 5e-4
+
+
+MULTI_HOP = (
+    Phase(1200),
+    Phase(800, (4, 4, 3, 1, 0.3, 0.1)),
+    Phase(1500, (4, 4, 3, 1.5, 0.6, 0.3), 8e-4),
+    Phase(700, (6, 4, 3, 1, 0.3, 0.1)),
+)
+OTHERS = (Phase(1000, (4, 4, 3, 1, 0.3, 0.1), 1e-3), Phase(500, (6, 4, 3, 1, 0.3, 0.1)))
+PHASES = {"TraceMultiHopQA-v0": MULTI_HOP}
+"""How long each shipped agent learns; `OTHERS` for environments that are not named."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +65,20 @@ class WarmStartConfig:
     """Settings of `warm_start`.
 
     Attributes:
+        env_id: An environment with an oracle.
         phases: See `Phase`.
         batch_size: Trajectories in a step.
-        noise: Chance that the oracle issues a bad query, from which it then recovers.
+        noise: Chance that the oracle makes a mistake, from which it then recovers.
         rename: Give the entities of each trajectory other names (`agents.renaming`).
         width, layers, heads: Shape of the model.
         vocab_size: Limit on the tokenizer's vocabulary.
         bfloat16: Multiply matrices in bfloat16, which is faster where the processor knows it.
-        seed: Seeds weights, questions and mistakes.
+        seed: Seeds weights, tasks and mistakes.
         env: Arguments of the environment.
     """
 
-    phases: tuple[Phase, ...] = (
-        Phase(1200),
-        Phase(800, (4, 4, 3, 1, 0.3, 0.1)),
-        Phase(1500, (4, 4, 3, 1.5, 0.6, 0.3), 8e-4),
-        Phase(700, (6, 4, 3, 1, 0.3, 0.1)),
-    )
+    env_id: str = "TraceMultiHopQA-v0"
+    phases: tuple[Phase, ...] = MULTI_HOP
     batch_size: int = 32
     noise: float = 0.1
     rename: bool = True
@@ -76,15 +88,13 @@ class WarmStartConfig:
     vocab_size: int = 1024
     bfloat16: bool = True
     seed: int = 0
-    env: dict[str, Any] = field(default_factory=lambda: {"top_k": 2, "system_prompt": ""})
+    env: dict[str, Any] = field(default_factory=lambda: dict(env_settings("tiny", "TraceMultiHopQA-v0")))
 
 
-@dataclass(frozen=True, slots=True)
-class Trajectory:
-    """Token ids and the mask of those that are trained (the oracle's actions), both [n]."""
-
-    ids: np.ndarray
-    mask: np.ndarray
+def config_for(env_id: str, seed: int = 0) -> WarmStartConfig:
+    """Returns the settings of the shipped agent of an environment."""
+    phases = PHASES.get(env_id, OTHERS)
+    return WarmStartConfig(env_id=env_id, phases=phases, seed=seed, env=dict(env_settings("tiny", env_id)))
 
 
 def tokenizer_texts(data: QADataset) -> list[str]:
@@ -96,99 +106,55 @@ def tokenizer_texts(data: QADataset) -> list[str]:
     return [*texts, "First the", "Not found.", *[a for t in data.tasks for a in t.answers if t.kind == "yes_no"]]
 
 
-def oracle_trajectory(
-    env: MultiHopQAEnv, codec: ChatCodec, task: QATask, rng: np.random.Generator, noise: float
-) -> Trajectory:
-    """Lets the oracle answer one question and returns the tokens of the conversation."""
-    env.reset(seed=int(rng.integers(2**31)), options={"task_id": task.task_id})
-    ids, mask = [codec.prompt_ids(env.messages(), env.tools)], []
-    mask.append(np.zeros(len(ids[0]), bool))
-    while True:
-        text = env.action_format.render(*oracle_action(task, list(env.state.turns()), rng, noise=noise))
-        action = np.array([*codec.tokenizer.encode(text, add_special_tokens=False), codec.end_id], dtype=np.int64)
-        ids.append(action)
-        mask.append(np.ones(len(action), bool))
-        _, _, terminated, truncated, info = env.step(text)
-        if terminated or truncated:
-            return Trajectory(np.concatenate(ids), np.concatenate(mask))
-        ids.append(codec.delta_ids(new_messages(info["messages"]), ended=True))
-        mask.append(np.zeros(len(ids[-1]), bool))
-
-
-class ReadingDrills:
-    """Makes sequences that practise reading: the result of a search, then the facts in it, as an agent would note them.
-
-    Args:
-        env: Supplies questions, passages and search.
-        codec: Supplies tokens.
-    """
-
-    def __init__(self, env: MultiHopQAEnv, codec: ChatCodec):
-        self._env, self._codec = env, codec
-        self._facts: dict[str, dict[tuple[str, str], str]] = {}
-        for task in env.dataset.tasks:
-            for step in task.steps:
-                self._facts.setdefault(step.title, {})[step.subject, step.relation] = step.value
-        self._titles = list(self._facts)
-
-    def __call__(self, rng: np.random.Generator) -> Trajectory:
-        """Returns one drill."""
-        while True:
-            title = self._titles[int(rng.integers(len(self._titles)))]
-            subject, relation = list(self._facts[title])[int(rng.integers(len(self._facts[title])))]
-            found, _ = self._env.index.search(f"{subject} {relation}", self._env.top_k)
-            passages = [self._env.dataset.passages[int(i)] for i in found]
-            stated = [(r, v) for p in passages for (_, r), v in self._facts.get(p.title, {}).items()]
-            # A relation that two passages state has two values, and the note does not say of whom.
-            names = [r for r, _ in stated]
-            facts = [stated[i] for i in rng.permutation(len(stated)) if names.count(stated[i][0]) == 1]
-            if facts:
-                return self._trajectory(format_passages(passages), facts)
-
-    def _trajectory(self, observation: str, facts: Sequence[tuple[str, str]]) -> Trajectory:
-        parts = [self._codec.delta_ids([{"role": "tool", "content": observation}], ended=True)]
-        mask = [np.zeros(len(parts[0]), bool)]
-        for i, (relation, value) in enumerate(facts):
-            text = FINDING.format(relation=relation, value=value)
-            ids = self._codec.tokenizer.encode(" " * (i > 0) + text, add_special_tokens=False)
-            rest = self._codec.tokenizer.encode(f" {value}.", add_special_tokens=False)
-            parts.append(np.array(ids, dtype=np.int64))
-            mask.append(np.arange(len(ids)) >= len(ids) - len(rest))
-        return Trajectory(np.concatenate(parts), np.concatenate(mask))
-
-
-def supervised_loss(model: Any, batch: Sequence[Trajectory]) -> torch.Tensor:
-    """Returns the summed negative log-likelihood of the trained tokens, in nats."""
-    ids = torch.zeros(len(batch), max(len(t.ids) for t in batch), dtype=torch.int64)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for i, t in enumerate(batch):
-        ids[i, : len(t.ids)] = torch.from_numpy(t.ids)
-        mask[i, : len(t.ids)] = torch.from_numpy(t.mask)
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    rows, positions = mask[:, 1:].nonzero(as_tuple=True)
-    logits = model.get_output_embeddings()(hidden[rows, positions])
-    return torch.nn.functional.cross_entropy(logits, ids[rows, positions + 1], reduction="sum")
+def make_tokenizer(env: ToolEnv, config: WarmStartConfig) -> Any:
+    """Returns a tokenizer for the texts of an environment."""
+    if isinstance(env, MultiHopQAEnv):
+        return build_tokenizer(tokenizer_texts(env.dataset), vocab_size=config.vocab_size, format_tokens=FORMAT_TOKENS)
+    rng = np.random.default_rng([config.seed, 0])
+    ids = env.task_ids()
+    # Every chunk of a name, so that each gets its token (`Renamer`).
+    texts = [f" {word} {word}" for word in (*split_words("train"), *split_countries("train"))]
+    calls: dict[str, None] = {}
+    for i in rng.permutation(len(ids))[:TOKENIZER_TASKS]:
+        env.reset(seed=int(rng.integers(2**31)), options={"task_id": ids[i]})
+        while not env.state.done:
+            calls |= dict.fromkeys(tokens_of_calls(env.tools_at(env.state)))
+            env.step(env.action_format.render(*env.oracle(env.state, rng, config.noise)))
+        texts += [message["content"] for message in env.messages()]
+    return build_tokenizer(texts, vocab_size=config.vocab_size, format_tokens=tuple(calls))
 
 
 class _Batches:
     """Draws the batches of a phase."""
 
-    def __init__(self, config: WarmStartConfig, env: MultiHopQAEnv, tokenizer: Any):
+    def __init__(self, config: WarmStartConfig, env: ToolEnv, tokenizer: Any):
         self._config, self._env = config, env
         self._codec = ChatCodec(tokenizer)
-        self._drill = ReadingDrills(env, self._codec)
+        self._drill = ReadingDrills(env, self._codec) if isinstance(env, MultiHopQAEnv) else None
         self._rename = Renamer(tokenizer) if config.rename else None
-        self._by_hops: dict[int, list[QATask]] = {}
-        for task in env.dataset.tasks:
-            self._by_hops.setdefault(task.hops, []).append(task)
+        self._by_level: dict[int, list[str]] = {}
+        for task_id in env.task_ids():
+            level = env.level_of(env.pick_task(np.random.default_rng(0), task_id))
+            self._by_level.setdefault(level, []).append(task_id)
+        for phase in config.phases:
+            missing = [i for i, share in enumerate(phase.levels, 1) if share and i not in self._by_level]
+            if missing or (not phase.levels and self._drill is None):
+                known = ", ".join(map(str, sorted(self._by_level)))
+                what = (
+                    f"has no tasks of level {missing[0]}; its levels are {known}"
+                    if missing
+                    else "has no reading drills"
+                )
+                raise ValueError(f"environment {config.env_id!r} {what}: change the phases")
 
     def __call__(self, phase: Phase, rng: np.random.Generator) -> list[Trajectory]:
         size = self._config.batch_size
-        if phase.hops:
-            hops = rng.choice(len(phase.hops), size=size, p=np.array(phase.hops) / sum(phase.hops)) + 1
-            tasks = [self._by_hops[int(h)][int(rng.integers(len(self._by_hops[int(h)])))] for h in hops]
+        if phase.levels:
+            levels = rng.choice(len(phase.levels), size=size, p=np.array(phase.levels) / sum(phase.levels)) + 1
+            tasks = [self._by_level[int(n)][int(rng.integers(len(self._by_level[int(n)])))] for n in levels]
             batch = [oracle_trajectory(self._env, self._codec, t, rng, self._config.noise) for t in tasks]
         else:
+            assert self._drill is not None
             batch = [self._drill(rng) for _ in range(size)]
         if self._rename is not None:
             batch = [Trajectory(self._rename(t.ids, rng), t.mask) for t in batch]
@@ -209,8 +175,10 @@ def warm_start(
         The model and its tokenizer.
     """
     directory = Path(directory)
-    env = MultiHopQAEnv(split="train", **config.env)
-    tokenizer = build_tokenizer(tokenizer_texts(env.dataset), vocab_size=config.vocab_size)
+    env = make_env(config.env_id, {**config.env, "split": "train"}).unwrapped
+    if not isinstance(env, ToolEnv):
+        raise ValueError(f"environment {config.env_id!r} is none of the kind that has an oracle (a ToolEnv)")
+    tokenizer = make_tokenizer(env, config)
     model = build_model(
         len(tokenizer),
         width=config.width,

@@ -234,7 +234,7 @@ def record(args: Args) -> DenseForest:
             recorder.add(prompt, tree)
             root = tree.root
             assert root.context_ids is not None and root.features is not None
-            known.append((int(tree.info.get("hops", 0)), len(root.context_ids), root.features))
+            known.append((int(tree.info.get("level", 0)), len(root.context_ids), root.features))
             progress.advance(bar)
     root_features, features, explained = reduce([k[2] for k in known], recorder.features, args.features)
     meta = {

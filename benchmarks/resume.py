@@ -259,7 +259,7 @@ def arguments_of(args: Args, checkpoint_every: int) -> list[str]:
         "--updates": args.updates,
         "--budget": args.budget,
         "--eval-every": args.eval_every,
-        "--eval-per-hop": 1,
+        "--eval-per-level": 1,
         "--checkpoint-every": checkpoint_every,
         "--threads": 1,
     }

@@ -21,7 +21,7 @@ lock_env.register()
 
 ACTIONS = st.one_of(st.sampled_from([dial(1), dial(-1), LISTEN, OPEN, dial(1) + LISTEN, recite(40), ""]), st.text())
 SCRIPTS = st.lists(ACTIONS, max_size=6)
-RUNNING = {"messages", "tools", "task_id", "turn", "tool_calls", "tool_errors", "tool_error"}
+RUNNING = {"messages", "tools", "max_calls", "task_id", "turn", "tool_calls", "tool_errors", "tool_error"}
 FINISHED = RUNNING | {"is_correct", "reward_components", "episode"}
 
 

@@ -266,9 +266,10 @@ class ToolEnv(gym.Env[str, str], Family):
         return known[1]
 
     def info(self) -> dict[str, Any]:
-        """Returns `messages`, `tools`, `task_id`, `turn`, `tool_calls`, `tool_errors`, `tool_error`; the verdict at the end.
+        """Returns what else is known: the conversation so far, and the verdict at the end.
 
-        `tool_error` says whether the last turn was malformed or refused. At the end of an episode there are also
+        There are `messages`, `tools` (those of now), `max_calls` (of one turn), `task_id`, `turn`, `tool_calls`, `tool_errors`
+        and `tool_error`, which says whether the last turn was malformed or refused. At the end of an episode there are also
         `is_correct`, `reward_components` and `episode` (return `r` and length `l` in turns). Gold answers are never in it.
         Gymnasium's `RecordEpisodeStatistics` writes to `episode` too; give it another `stats_key`.
         """
@@ -276,6 +277,7 @@ class ToolEnv(gym.Env[str, str], Family):
         info: dict[str, Any] = {
             "messages": self.messages(),
             "tools": self.tools_at(state),
+            "max_calls": self.max_calls,
             "task_id": state.task.task_id,
             "turn": state.turn,
             "tool_calls": state.tool_calls,

@@ -21,7 +21,7 @@ from trace_envs.actions import ActionFormat
 from trace_envs.blocks import END_THINK, THINK
 from trace_envs.messages import Messages, encodable, native_messages
 from trace_envs.schemas import JSONRefused, Tools, dumps, loads_object, show
-from trace_envs.state import FormatError, ToolCall
+from trace_envs.state import FormatError, ToolCall, ToolCalls
 
 __all__ = ["ToolRole", "encodable", "native_messages", "plain_messages", "text_of"]
 
@@ -45,20 +45,27 @@ def plain_messages(messages: Messages, tool_role: ToolRole = "user") -> list[dic
     return sent
 
 
-def text_of(reply: Reply, tools: Tools, action_format: ActionFormat, stop: Sequence[str] = ()) -> str:
+def text_of(
+    reply: Reply, tools: Tools, action_format: ActionFormat, stop: Sequence[str] = (), max_calls: int = 1
+) -> str:
     """Returns a reply as the text of one action.
 
-    Thoughts that the server told apart come first, as `<think>...</think>`. Of several tool calls the first is taken: an
-    environment takes one action a turn. A stop string that the server cut off is put back where it completes an action.
+    Thoughts that the server told apart come first, as `<think>...</think>`. Of several tool calls as many are
+    taken as the environment takes in a turn. A stop string that the server cut off is put back where it completes an action.
 
     Args:
         reply: The reply.
         tools: Schemas of the tools.
         action_format: How the environment will read the text.
         stop: The stop strings that were sent.
+        max_calls: Calls that one turn may make.
     """
     thought = _thought(reply.reasoning.strip())
     if reply.calls:
+        if len(reply.calls) > 1 and max_calls > 1:
+            text = _calls_text(thought, reply.content.strip(), reply.calls[:max_calls], tools, action_format)
+            if text is not None:
+                return text
         return _call_text(thought, reply.content.strip(), reply.calls[0], tools, action_format)
     text = thought + reply.content
     if reply.finish_reason != "stop" or not stop:
@@ -76,6 +83,24 @@ def _thought(reasoning: str) -> str:
     for tag in (THINK, END_THINK):
         reasoning = reasoning.replace(tag, tag.replace("<", "‹"))  # what is inside must not end the block
     return f"{THINK}\n{reasoning}\n{END_THINK}\n" if reasoning else ""
+
+
+def _calls_text(
+    thought: str, content: str, calls: Sequence[Call], tools: Tools, action_format: ActionFormat
+) -> str | None:
+    """Returns several calls as text; `None` if one of them cannot be read, and the first is all that can be taken."""
+    try:
+        wanted = ToolCalls(tuple(ToolCall(c.name, loads_object(c.arguments.strip() or "{}")) for c in calls))
+    except JSONRefused:
+        return None
+    for before in dict.fromkeys((content, "")):
+        try:
+            text = thought + action_format.render(before, wanted)
+        except ValueError:
+            continue
+        if action_format.parse(text, tools, max_calls=len(calls)) == wanted:
+            return text
+    return None
 
 
 def _call_text(thought: str, content: str, call: Call, tools: Tools, action_format: ActionFormat) -> str:

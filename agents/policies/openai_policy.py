@@ -160,7 +160,9 @@ class OpenAIPolicy:
         sampling = self._sampling
         body: dict[str, Any] = {"model": self.model}
         if self._native:
-            body["messages"] = native_messages(messages, tools, self._format)
+            body["messages"] = native_messages(
+                messages, tools, self._format, max_calls=context.info.get("max_calls", 1)
+            )
             if tools:
                 body["tools"] = tools
         else:
@@ -209,7 +211,8 @@ class OpenAIPolicy:
         logprobs = NO_IDS.astype("float32")
         if isinstance(answer, Unanswered):
             return Sample("", NO_IDS, logprobs, NO_IDS, finish_reason=answer.reason, generated=0, note=answer.note)
-        text = text_of(answer, context.info.get("tools") or [], self._format, self._sampling.stop)
+        tools, max_calls = context.info.get("tools") or [], context.info.get("max_calls", 1)
+        text = text_of(answer, tools, self._format, self._sampling.stop, max_calls)
         reason: Literal["stop", "length"] = answer.finish_reason
         return Sample(
             text,

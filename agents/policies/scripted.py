@@ -11,26 +11,41 @@ import numpy as np
 
 from allocation import Context, Sample
 from trace_envs.actions import ActionFormat, get_format
+from trace_envs.env import ToolEnv
 from trace_envs.multihop_qa.data import QATask
 from trace_envs.multihop_qa.heuristics import bm25_action
 from trace_envs.multihop_qa.oracle import oracle_action
-from trace_envs.state import EpisodeState, FinalAnswer, ToolCall
+from trace_envs.state import Act, EpisodeState
 
-Script = Callable[[EpisodeState, np.random.Generator], tuple[str, ToolCall | FinalAnswer]]
+Script = Callable[[EpisodeState, np.random.Generator], tuple[str, Act]]
 
 
-def _oracle(state: EpisodeState, rng: np.random.Generator) -> tuple[str, ToolCall | FinalAnswer]:
+def _oracle(state: EpisodeState, rng: np.random.Generator) -> tuple[str, Act]:
     if not isinstance(state.task, QATask):
-        raise TypeError(f"the oracle of multi-hop questions cannot act on a {type(state.task).__name__}")
+        raise TypeError(f"the oracle of multi-hop questions cannot act on a {type(state.task).__name__}; see oracle_of")
     return oracle_action(state.task, list(state.turns()), rng)
 
 
-def _bm25(state: EpisodeState, rng: np.random.Generator) -> tuple[str, ToolCall | FinalAnswer]:
+def _bm25(state: EpisodeState, rng: np.random.Generator) -> tuple[str, Act]:
+    if not isinstance(state.task, QATask):
+        raise ValueError(
+            "the agent bm25 answers multi-hop questions only; of other tasks the agent oracle knows the way"
+        )
     return bm25_action(state.task.prompt, list(state.turns()))
 
 
+def oracle_of(env: ToolEnv, noise: float = 0.0) -> Script:
+    """Returns the oracle of an environment as a script.
+
+    Args:
+        env: Of the same family and with the same arguments as those that are acted in; it is not stepped.
+        noise: Chance of a mistake at each step.
+    """
+    return lambda state, rng: env.oracle(state, rng, noise)
+
+
 SCRIPTS: dict[str, Script] = {"oracle": _oracle, "bm25": _bm25}
-"""Scripts by name. `oracle` looks at the gold answer and evidence; `bm25` sees what any agent sees."""
+"""Scripts by name, for multi-hop questions. `oracle` looks at the gold answer and evidence; `bm25` sees what any agent sees."""
 
 
 class ScriptedPolicy:
@@ -60,6 +75,6 @@ class ScriptedPolicy:
                 "keep_snapshots=True to TreeAllocationWrapper"
             )
         state = context.node.snapshot.payload
-        text = self._format.render(*self._script(state, self._rng))
+        text = self._format.render(*self._script(state, self._rng), context.info.get("tools"))
         nothing = np.zeros(0, dtype=np.int64)
         return Sample(text, nothing, nothing.astype(np.float32), nothing)

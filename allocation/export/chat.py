@@ -23,6 +23,9 @@ from trace_envs.actions import get_format
 from trace_envs.jsonl import drop_torn_line, read_jsonl
 from trace_envs.messages import native_messages
 
+MAX_CALLS = 64
+"""Calls of one turn that are told apart."""
+
 
 def write_chat(rollouts: Forest | Sequence[RolloutRecord], path: str | os.PathLike[str]) -> None:
     """Writes a line for each rollout: its conversation as text.
@@ -116,12 +119,14 @@ def fine_tuning_line(record: RolloutRecord, first_turn: int = 0, *, action_forma
         raise ValueError(
             f"rollout {record.rollout} of tree {record.task_id!r} has no action to learn from; leave it out"
         )
-    messages = native_messages(record.messages, record.tools, get_format(action_format))
+    # A turn with more calls than the environment took has the refusal as its result.
+    messages = native_messages(record.messages, record.tools, get_format(action_format), max_calls=MAX_CALLS)
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     # Those before the first action are examples in the prompt.
     for turn, i in enumerate(said, start=record.num_actions - len(said)):
         messages[i]["weight"] = int(turn >= first_turn)
-    tools = {"tools": list(record.tools), "parallel_tool_calls": False} if record.tools else {}
+    parallel = any(len(message.get("tool_calls", ())) > 1 for message in messages)
+    tools = {"tools": list(record.tools), "parallel_tool_calls": parallel} if record.tools else {}
     return {"messages": messages[: said[-1] + 1], **tools}
 
 

@@ -39,6 +39,9 @@ class EchoEnv(ToolEnv):
             return self.tasks[int(rng.integers(len(self.tasks)))]
         return next(t for t in self.tasks if t.task_id == task_id)
 
+    def level_of(self, task):
+        return task.hops
+
     def call_tool(self, state, call):
         raise AssertionError("there are no tools")
 

@@ -34,7 +34,7 @@ def one_line(capsys):
         (["--policy", "vllm", "--model", "./nowhere"], "./nowhere is no folder"),
         (["--policy", "openai", "--sampling-top-k", "5"], "--policy openai has no top_k"),
         (["--env-id", "TraceMultihopQA-v0"], "no environment 'TraceMultihopQA-v0'; known: TraceMultiHopQA-v0"),
-        (["--env-id", "CartPole-v1"], "environment 'CartPole-v1' does not take argument 'split'"),
+        (["--env-id", "CartPole-v1"], "environment 'CartPole-v1' has no task_ids()"),
     ],
 )
 def test_mistakes_in_evaluate_end_in_one_line(capsys, words, message):
@@ -50,7 +50,7 @@ def test_evaluate_asks_a_shipped_model_as_it_was_trained(monkeypatch, capsys):
         raise ValueError("enough")
 
     monkeypatch.setattr(agents.cli_evaluate, "evaluate", evaluate)
-    monkeypatch.setattr(agents.cli_evaluate, "_policy", lambda args, opened: (None, "it"))
+    monkeypatch.setattr(agents.cli_evaluate, "_policy", lambda args, known, opened: (None, "it"))
     for words in (["--agent", "model"], ["--model", "tiny", "--top-k", "4"], ["--agent", "bm25"]):
         assert main(["evaluate", *words]) == 2
     assert [(k.get("top_k"), k.get("system_prompt")) for k in given] == [(2, ""), (4, ""), (None, None)]
@@ -99,4 +99,4 @@ def test_the_shipped_agent_is_small_and_answers_easy_questions(capsys, tmp_path)
     words = ["--agent", "model", "--split", "test"]
     record = evaluation(capsys, tmp_path, *words)
     # Most one-hop questions and few six-hop ones: success is spread widely, which is what there is to allocate by.
-    assert record["eval/accuracy_by_hops/1"] > 0.55 > 0.2 > record["eval/accuracy_by_hops/6"]
+    assert record["eval/accuracy_by_level/1"] > 0.55 > 0.2 > record["eval/accuracy_by_level/6"]

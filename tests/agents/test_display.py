@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from agents.display import TrainingDisplay, before_after_table, compare_by_hops, sparkline
+from agents.display import TrainingDisplay, before_after_table, compare_by_level, sparkline
 
-BEFORE = {"eval/accuracy": 0.5} | {f"eval/accuracy_by_hops/{h}": v for h, v in {"1": 0.9, "2": 0.5, "10": 0.1}.items()}
-AFTER = {f"eval/accuracy_by_hops/{h}": v for h, v in {"1": 0.95, "2": 0.7, "10": 0.05}.items()}
-QUESTIONS = {f"eval/questions_by_hops/{h}": 100 for h in (1, 2, 10)}
+BEFORE = {"eval/accuracy": 0.5} | {f"eval/accuracy_by_level/{h}": v for h, v in {"1": 0.9, "2": 0.5, "10": 0.1}.items()}
+AFTER = {f"eval/accuracy_by_level/{h}": v for h, v in {"1": 0.95, "2": 0.7, "10": 0.05}.items()}
+QUESTIONS = {f"eval/questions_by_level/{h}": 100 for h in (1, 2, 10)}
 
 
 def record(update: int, **more: Any) -> dict[str, Any]:
@@ -106,22 +106,33 @@ def test_training_and_evaluation_of_one_update_share_a_row() -> None:
     assert (row["accuracy"], row["success"], row["tokens/s"]) == ("50.0%", "40.0%", "2000")
 
 
-def test_before_and_after_line_up_by_hops() -> None:
-    rows = compare_by_hops(BEFORE | QUESTIONS, AFTER)
-    assert [row.hops for row in rows] == ["1", "2", "10", "mean"]
+def test_before_and_after_line_up_by_level() -> None:
+    rows = compare_by_level(BEFORE | QUESTIONS, AFTER)
+    assert [row.level for row in rows] == ["1", "2", "10", "mean"]
     assert [row.gain for row in rows] == pytest.approx([5.0, 20.0, -5.0, 100 * (1.7 - 1.5) / 3])
     assert [row.questions for row in rows] == [100, 100, 100, 300]
     out = console()
     out.print(before_after_table(BEFORE | QUESTIONS, AFTER))
     text = written(out)
-    for expected in ("questions", "warm start", "after training", "90.0%", "95.0%", "+20.0", "-5.0", "+6.7", "300"):
+    for expected in (
+        "level",
+        "tasks",
+        "warm start",
+        "after training",
+        "90.0%",
+        "95.0%",
+        "+20.0",
+        "-5.0",
+        "+6.7",
+        "300",
+    ):
         assert expected in text
 
 
 def test_a_one_sided_or_empty_comparison_is_shown_as_such() -> None:
-    assert compare_by_hops({}, {}) == []
-    rows = compare_by_hops(BEFORE, {"eval/accuracy_by_hops/2": 0.6, "eval/accuracy_by_hops/3": None})
-    assert [(row.hops, row.gain is None) for row in rows] == [("1", True), ("2", False), ("10", True), ("mean", False)]
+    assert compare_by_level({}, {}) == []
+    rows = compare_by_level(BEFORE, {"eval/accuracy_by_level/2": 0.6, "eval/accuracy_by_level/3": None})
+    assert [(row.level, row.gain is None) for row in rows] == [("1", True), ("2", False), ("10", True), ("mean", False)]
     for width in (10, 30, 80):
         out = console(width)
         out.print(before_after_table({}, {}), before_after_table(BEFORE, {}))

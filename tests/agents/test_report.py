@@ -53,7 +53,7 @@ def tree(update: int, number: int, rng: random.Random, hops: int = 3, text: str 
                 parent = len(nodes) - 1
     return {
         "update": update, "tree": number, "task_id": f"train/{update}-{number}", "question": question,
-        "answers": ["Oslo", "Christiania"], "hops": hops, "predicted": 0.4, "nodes": nodes,
+        "answers": ["Oslo", "Christiania"], "level": hops, "predicted": 0.4, "nodes": nodes,
     }  # fmt: skip
 
 
@@ -79,13 +79,13 @@ def metrics(update: int, total: int, rng: random.Random) -> dict[str, Any]:
             "loss/grad_norm": 1 + rng.random(),
             "time/rollout": 0.4,
             "time/update": 0.3,
-        } | {f"budget/by_hops/{h}": 16 + round(way * (h - 3) * 4) for h in range(1, 7)}
+        } | {f"budget/by_level/{h}": 16 + round(way * (h - 3) * 4) for h in range(1, 7)}
         record |= {f"budget/by_depth/{d}": 64 if d == 0 else 8 - d for d in range(6)}
     if update % 10 == 0:
         by_hops = {h: 1 / (1 + math.exp(1.4 * (h - 3 - 1.5 * way))) for h in range(1, 7)}
         record |= {"eval/accuracy": sum(by_hops.values()) / 6}
-        record |= {f"eval/accuracy_by_hops/{h}": value for h, value in by_hops.items()}
-        record |= {f"eval/questions_by_hops/{h}": 100 for h in by_hops}
+        record |= {f"eval/accuracy_by_level/{h}": value for h, value in by_hops.items()}
+        record |= {f"eval/questions_by_level/{h}": 100 for h in by_hops}
     return record
 
 
@@ -109,9 +109,9 @@ def test_a_report_holds_figures_table_curves_and_trees(tmp_path: Path) -> None:
     assert "demo" in html and "TraceMultiHopQA-v0" in html and "allocator trace" in html
     assert html.count("<svg") == 8 and html.count('class="tree"') == 40
     assert re.search(r'<tr class="mean"><td>mean</td><td>600</td>', html)
-    assert "Accuracy on unseen questions" in html and "By depth of the anchor" in html
+    assert "Accuracy on unseen tasks" in html and "By depth of the anchor" in html
     assert "64,200" in html  # 20 updates of 3,210 tokens
-    assert "built-in method" not in html and "update 20 · 3 hops" in html
+    assert "built-in method" not in html and "update 20 · hops 3" in html
     assert "continuation 1 after turn 2" in html and "Christiania" in html
 
 

@@ -47,7 +47,7 @@ def config(folder, tmp_path):
         lr=3e-3,
         max_new_tokens=6,
         num_envs=6,
-        eval_per_hop=2,
+        eval_per_level=2,
         checkpoint_every=1,
         runs=tmp_path / "runs",
         name="one",
@@ -93,7 +93,7 @@ def test_a_run_writes_what_it_promises(config):
     assert [r["update"] for r in updates] == [1, 2, 3] and [r["update"] for r in evaluations] == [0, 3]
     for r in updates:
         assert r["ledger/root_rollouts"] + r["ledger/continuations"] == 16
-        assert sum(v for k, v in r.items() if k.startswith("budget/by_hops/")) == 16
+        assert sum(v for k, v in r.items() if k.startswith("budget/by_level/")) == 16
         assert sum(v for k, v in r.items() if k.startswith("budget/by_depth/")) == 16
         assert (
             sum(v for k, v in r.items() if k.startswith("budget/by_depth/") and k[-2:] != "/0")
@@ -355,7 +355,7 @@ def one_line(capsys):
         ({"budget": 2}, "budget 2 is smaller than one group of m_min=4"),
         ({"updates": 0}, "updates must be at least 1, got 0"),
         ({"group_size": 0}, "group_size must be at least 1, got 0"),
-        ({"eval_per_hop": -1}, "eval_per_hop must not be negative, got -1"),
+        ({"eval_per_level": -1}, "eval_per_level must not be negative, got -1"),
         ({"eval_every": -1}, "eval_every must not be negative, got -1"),
         ({"log_trees": -1}, "log_trees must not be negative, got -1"),
         ({"lr_warmup": -1}, "lr_warmup must not be negative, got -1"),
@@ -365,7 +365,7 @@ def one_line(capsys):
         ({"num_envs": 0}, "num_envs must be at least 1, got 0"),
         ({"device": "gpu"}, "device 'gpu' cannot be used here (Expected one of cpu, cuda"),
         ({"env_id": "Ecko-v0"}, "there is no environment 'Ecko-v0'; known: TraceMultiHopQA-v0"),
-        ({"env_id": "CartPole-v1"}, "environment 'CartPole-v1' does not take argument 'split'"),
+        ({"env_id": "CartPole-v1"}, "environment 'CartPole-v1' has no task_ids()"),
         ({"env": {"top_k": 3}}, "environment 'Echo-v0' does not take argument 'top_k'"),
         ({"learning_rate": 1}, "unknown settings learning_rate; known: advantage_clip, advantage_std, aggregation"),
         ({"trace": {"N": 2}}, "trace: unknown settings N; known: band, cap_per_rollout"),

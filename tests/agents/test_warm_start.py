@@ -8,14 +8,8 @@ from agents.models import load_model
 from agents.policies.chat import ChatCodec
 from agents.renaming import Renamer
 from agents.tiny import build_model, build_tokenizer
-from agents.warm_start import (
-    Phase,
-    WarmStartConfig,
-    oracle_trajectory,
-    supervised_loss,
-    tokenizer_texts,
-    warm_start,
-)
+from agents.trajectories import oracle_trajectory, supervised_loss
+from agents.warm_start import Phase, WarmStartConfig, tokenizer_texts, warm_start
 from trace_envs.multihop_qa import MultiHopQAEnv
 from trace_envs.multihop_qa.synthetic.names import split_countries, split_words
 
@@ -34,7 +28,7 @@ def codec(env):
 def trajectories(env, codec):
     rng = np.random.default_rng(0)
     tasks = [env.dataset.tasks[int(i)] for i in rng.choice(len(env.dataset.tasks), 25, replace=False)]
-    return [(t, oracle_trajectory(env, codec, t, rng, 0.2)) for t in tasks]
+    return [(t, oracle_trajectory(env, codec, t.task_id, rng, 0.2)) for t in tasks]
 
 
 def words_of(text, words):

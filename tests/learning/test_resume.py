@@ -26,7 +26,7 @@ def arguments(tokenizer, tmp_path_factory):
         "--model": str(folder),
         "--updates": "4",
         "--eval-every": "2",
-        "--eval-per-hop": "1",
+        "--eval-per-level": "1",
         "--checkpoint-every": "1",
         "--budget": "48",
         "--num-envs": "8",

@@ -20,7 +20,7 @@ from trace_envs.state import FinalAnswer, ToolCall
 
 ENV_ID = "TraceMultiHopQA-v0"
 FORMATS = ("hermes", "react", "tags")
-RUNNING = {"messages", "tools", "task_id", "turn", "tool_calls", "tool_errors", "tool_error"}
+RUNNING = {"messages", "tools", "max_calls", "task_id", "turn", "tool_calls", "tool_errors", "tool_error"}
 FINISHED = RUNNING | {"is_correct", "reward_components", "episode"}
 
 PASSAGES = {

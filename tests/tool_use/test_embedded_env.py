@@ -20,7 +20,7 @@ CATEGORIES = ("files", "messages", "calendar", "shop")
 def follow(env, rng, noise=0.0):
     """Lets the oracle finish the episode."""
     while not env.state.done:
-        env.step(env.action_format.render(*env.oracle(env.state, rng, noise), env.tools_at(env.state)))
+        env.step(env.action_format.render(*env.oracle(env.state, rng, noise)))
     return env.state.outcome
 
 

@@ -18,7 +18,7 @@ from allocation.forest_table import ForestTable
 
 WORDS = [
     *("--policy", "vllm", "--env.top-k", "2", "--env.system-prompt", "", "--budget", "24", "--num-envs", "12"),
-    *("--eval-per-hop", "1", "--checkpoint-every", "1", "--max-new-tokens", "32", "--lr", "1e-3", "--threads", "1"),
+    *("--eval-per-level", "1", "--checkpoint-every", "1", "--max-new-tokens", "32", "--lr", "1e-3", "--threads", "1"),
 ]
 
 

@@ -17,10 +17,11 @@ from trace_envs.arguments import integer, number
 from trace_envs.env import ToolEnv
 from trace_envs.multihop_qa.data import QADataset, QATask
 from trace_envs.multihop_qa.metrics import exact_match, f1, supporting_recall
+from trace_envs.multihop_qa.oracle import oracle_action
 from trace_envs.multihop_qa.readers import READERS, load_dataset
 from trace_envs.multihop_qa.retrieval import Retriever, format_passages, make_retriever
 from trace_envs.multihop_qa.synthetic import synthetic_dataset
-from trace_envs.state import EpisodeState, Outcome, Task, ToolCall
+from trace_envs.state import Act, EpisodeState, Outcome, Task, ToolCall
 
 DATASETS = ("synthetic", *READERS)
 REWARDS = ("em", "f1")
@@ -76,6 +77,8 @@ class MultiHopQAEnv(ToolEnv):
     Raises:
         ValueError: An argument has an unknown value; the message lists the known ones.
     """
+
+    level_name = "hops"
 
     def __init__(
         self,
@@ -139,6 +142,16 @@ class MultiHopQAEnv(ToolEnv):
         if task_id is not None:
             return self.dataset.task(task_id)
         return self.dataset.tasks[int(rng.integers(len(self.dataset.tasks)))]
+
+    def level_of(self, task: Task) -> int:
+        """Returns the number of hops."""
+        assert isinstance(task, QATask)
+        return task.hops
+
+    def oracle(self, state: EpisodeState, rng: np.random.Generator, noise: float = 0.0) -> tuple[str, Act]:
+        """See base class; `trace_envs.multihop_qa.oracle` says how."""
+        assert isinstance(state.task, QATask)
+        return oracle_action(state.task, list(state.turns()), rng, noise=noise)
 
     def call_tool(self, state: EpisodeState, call: ToolCall) -> tuple[EpisodeState, str, bool]:
         """Searches; an empty, over-long or unmatched query is refused with a reason.

@@ -37,7 +37,7 @@ class Opened:
         observation: First observation.
         info: First info.
         snapshot: The first moment.
-        facts: What is known of the task and worth keeping (plain data): `max_turns`, `hops`, `kind`, `answers` where they
+        facts: What is known of the task and worth keeping (plain data): `max_turns`, `level`, `kind`, `answers` where they
             exist.
         carried: State that the wrappers brought with them from earlier episodes, to open this episode again as it was
             (`NormalizeObservation` keeps its means); empty where no wrapper brings any.

@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 
 from trace_envs import snapshots
+from trace_envs.env import ToolEnv
 from trace_envs.slots.base import Opened, Result, SlotError
 from trace_envs.snapshots import EnvSnapshot, SnapshotUnsupportedError, adapter_for
 from trace_envs.snapshots.adapters import env_id
@@ -22,6 +23,7 @@ from trace_envs.snapshots.adapters.kinds import ATOMS
 from trace_envs.snapshots.replay import Replayable
 from trace_envs.snapshots.stack import split
 from trace_envs.snapshots.wrappers import carried_state, restore_carried
+from trace_envs.state import Task
 
 Replay = Literal["auto", "never"]
 _new: Callable[[Any, Any], Result] = tuple.__new__  # type: ignore[assignment]
@@ -253,9 +255,12 @@ def _prepare(slot: int, env: gym.Env, replay: Replay) -> tuple[gym.Env, str | No
 
 
 def _facts(env: gym.Env) -> dict[str, Any]:
-    task = getattr(getattr(env.unwrapped, "state", None), "task", None)
+    inner = env.unwrapped
+    task = getattr(getattr(inner, "state", None), "task", None)
     facts: dict[str, Any] = {}
-    limit = getattr(env.unwrapped, "max_turns", None) or getattr(env.spec, "max_episode_steps", None)
+    if isinstance(inner, ToolEnv) and isinstance(task, Task):
+        facts["level"] = inner.level_of(task)
+    limit = getattr(inner, "max_turns", None) or getattr(env.spec, "max_episode_steps", None)
     if limit is not None:
         facts["max_turns"] = int(limit)
-    return facts | {name: getattr(task, name) for name in ("hops", "kind", "answers") if hasattr(task, name)}
+    return facts | {name: getattr(task, name) for name in ("kind", "answers") if hasattr(task, name)}

@@ -28,6 +28,7 @@ from trace_envs.tool_use.suite import Suite, ToolUseTask
 
 TASKS = {"train": 250, "validation": 25, "test": 25}
 """Tasks of each category and level."""
+_TRIES = 0.5  # chance that an oracle that errs calls a tool that is not there
 
 
 @lru_cache(maxsize=32)
@@ -137,9 +138,15 @@ class EmbeddedSuite(Suite):
 
     def oracle(self, task: ToolUseTask, world: Any, rng: np.random.Generator, noise: float) -> tuple[str, Act]:
         """Follows the ground truth; a mistake is a look-up that fails, or a call of a tool that is withheld."""
-        turn = _embedded(task).turns[world.user_turn]
+        turns = _embedded(task).turns
+        turn = turns[world.user_turn]
         _, wanted = self._goal(_embedded(task))[world.user_turn]
         seen = list(world.results[world.begun :])
+        if noise and turn.withheld and not turn.steps:
+            # What an agent does that does not know its tools; the error says which there are.
+            step = turns[world.user_turn + 1].steps[-1]
+            if step.call.name in turn.withheld and rng.random() < _TRIES:
+                return step.thought, step.call
         if noise and rng.random() < noise and (mistake := _mistake(turn, seen, rng)) is not None:
             return mistake
         for step, result in zip(turn.steps, wanted, strict=True):
