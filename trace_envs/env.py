@@ -131,10 +131,10 @@ class ToolEnv(gym.Env[str, str], Family):
             action = FormatError(f"The action is {size} characters long; at most {self.max_action_chars} are read.")
         else:
             action = self.action_format.parse(
-                text, self.tools_at(state), max_calls=self.max_calls, plain_answer=self.plain_answer
+                text, self.callable_tools(state), max_calls=self.max_calls, plain_answer=self.plain_answer
             )
         results: list[str] = []
-        error = False
+        error, calls = False, 0
         if isinstance(action, FinalAnswer):
             replied = self.reply(state, action.text)
             if replied is None:
@@ -146,22 +146,26 @@ class ToolEnv(gym.Env[str, str], Family):
             after, observation, error = state, f"Error: {action.message}", True
         elif isinstance(action, ToolCall):
             after, observation, error = self.call_tool(state, action)
-            after = replace(after, tool_calls=after.tool_calls + 1)
+            calls = 1
         else:
             after, results, error = self.call_tools(state, action.calls)
-            after = replace(after, tool_calls=after.tool_calls + len(results))
-            observation = ""
+            observation, calls = "", len(results)
         if results:
             results = cut(results, self.max_observation_chars)
             observation = "\n".join(results)
         elif len(observation) > self.max_observation_chars:
             (observation,) = cut([observation], self.max_observation_chars)
-        state = replace(
-            after,
-            turn=state.turn + 1,
-            history=History(Turn(text, action, observation, error, tuple(results)), state.history),
-            tool_errors=state.tool_errors + int(error),
-            truncated=after.truncated or state.turn + 1 >= self.max_turns,
+        state = EpisodeState(  # not `replace`, which takes longer than most tools
+            after.task,
+            after.key,
+            state.turn + 1,
+            History(Turn(text, action, observation, error, tuple(results)), state.history),
+            after.tool_calls + calls,
+            state.tool_errors + int(error),
+            after.world,
+            after.outcome,
+            after.terminated,
+            after.truncated or state.turn + 1 >= self.max_turns,
         )
         return replace(state, outcome=self.judge(state, None)) if state.truncated else state
 

@@ -74,6 +74,13 @@ class Family(ABC):
         """Returns the tools that may be called now; by default those of `tool_schemas` at all times."""
         return self.tools
 
+    def callable_tools(self, state: EpisodeState) -> list[dict[str, Any]]:
+        """Returns the tools that calls are checked against, by default those of `tools_at`.
+
+        A benchmark whose tools judge their arguments themselves, and whose harness lets them, has laxer ones here.
+        """
+        return self.tools_at(state)
+
     def reply(self, state: EpisodeState, answer: str) -> tuple[EpisodeState, str] | None:
         """Returns the state after an answer and what the user says to it; `None`, the default, ends the episode."""
         return None

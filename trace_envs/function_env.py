@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -69,4 +68,4 @@ class FunctionEnv(ToolEnv):
     def call_tool(self, state: EpisodeState, call: ToolCall) -> tuple[EpisodeState, str, bool]:
         """See base class."""
         world, result, refused = self._tools.call(state.world, call)
-        return replace(state, world=world), result, refused
+        return state.with_world(world), result, refused

@@ -181,6 +181,21 @@ class EpisodeState:
     terminated: bool = False
     truncated: bool = False
 
+    def with_world(self, world: Any) -> EpisodeState:
+        """Returns the same moment in another world; quicker than `replace`."""
+        return EpisodeState(
+            self.task,
+            self.key,
+            self.turn,
+            self.history,
+            self.tool_calls,
+            self.tool_errors,
+            world,
+            self.outcome,
+            self.terminated,
+            self.truncated,
+        )
+
     @property
     def done(self) -> bool:
         """Whether the episode is over."""

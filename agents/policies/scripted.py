@@ -75,6 +75,6 @@ class ScriptedPolicy:
                 "keep_snapshots=True to TreeAllocationWrapper"
             )
         state = context.node.snapshot.payload
-        text = self._format.render(*self._script(state, self._rng), context.info.get("tools"))
+        text = self._format.render(*self._script(state, self._rng))
         nothing = np.zeros(0, dtype=np.int64)
         return Sample(text, nothing, nothing.astype(np.float32), nothing)

@@ -14,7 +14,7 @@ import numpy as np
 
 from trace_envs.arguments import integer
 from trace_envs.env import ToolEnv
-from trace_envs.state import Act, EpisodeState, Outcome, Task, ToolCall
+from trace_envs.state import Act, EpisodeState, Outcome, Task, ToolCall, ToolCalls
 from trace_envs.tool_use.suite import Suite, ToolUseTask
 
 DEFAULT_TURNS = 40
@@ -92,6 +92,10 @@ class ToolUseEnv(ToolEnv):
         """See base class."""
         return self.suite.tools(_task(state), state.world)
 
+    def callable_tools(self, state: EpisodeState) -> list[dict[str, Any]]:
+        """See base class."""
+        return self.suite.callable_tools(_task(state), state.world)
+
     def settings(self) -> dict[str, Any]:
         """Adds the tasks, known by their content, and how many calls a turn may make."""
         return super().settings() | {
@@ -118,13 +122,25 @@ class ToolUseEnv(ToolEnv):
 
     def call_tool(self, state: EpisodeState, call: ToolCall) -> tuple[EpisodeState, str, bool]:
         """See base class."""
-        world, result, refused = self.suite.call(_task(state), state.world, call)
-        return replace(state, world=world), result, refused
+        state, (result,), refused = self.call_tools(state, (call,))
+        return state, result, refused
+
+    def call_tools(self, state: EpisodeState, calls: Sequence[ToolCall]) -> tuple[EpisodeState, list[str], bool]:
+        """See base class."""
+        task, world = _task(state), state.world
+        results, refused = [], False
+        for call in calls:
+            world, result, error = self.suite.call(task, world, call)
+            results.append(result)
+            refused = refused or error
+        world, over = self.suite.turn_over(task, world)
+        state = state.with_world(world)
+        return replace(state, truncated=True) if over else state, results, refused
 
     def reply(self, state: EpisodeState, answer: str) -> tuple[EpisodeState, str] | None:
         """Returns what the user says next; `None` after the last user turn."""
         replied = self.suite.reply(_task(state), state.world, answer)
-        return None if replied is None else (replace(state, world=replied[0]), replied[1])
+        return None if replied is None else (state.with_world(replied[0]), replied[1])
 
     def judge(self, state: EpisodeState, answer: str | None) -> Outcome:
         """Compares the world and the results with what the task wants; running out of turns is a failure."""
@@ -137,7 +153,10 @@ class ToolUseEnv(ToolEnv):
 
     def oracle(self, state: EpisodeState, rng: np.random.Generator, noise: float = 0.0) -> tuple[str, Act]:
         """See base class."""
-        return self.suite.oracle(_task(state), state.world, rng, noise)
+        thought, act = self.suite.oracle(_task(state), state.world, rng, noise)
+        if isinstance(act, ToolCalls):
+            act = act.calls[0] if self.max_calls == 1 else ToolCalls(act.calls[: self.max_calls])
+        return thought, act
 
 
 def _task(state: EpisodeState) -> ToolUseTask:

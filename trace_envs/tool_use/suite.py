@@ -67,9 +67,17 @@ class Suite(ABC):
     def tools(self, task: ToolUseTask, world: World) -> list[dict[str, Any]]:
         """Returns the schemas of the tools that may be called now; shared, not made anew."""
 
+    def callable_tools(self, task: ToolUseTask, world: World) -> list[dict[str, Any]]:
+        """Returns the schemas that calls are checked against, by default those of `tools`; shared, not made anew."""
+        return self.tools(task, world)
+
     @abstractmethod
     def call(self, task: ToolUseTask, world: World, call: ToolCall) -> tuple[World, str, bool]:
         """Returns the world after a well-formed call, what it returned, and whether the tool refused."""
+
+    def turn_over(self, task: ToolUseTask, world: World) -> tuple[World, bool]:
+        """Returns the world after all calls of a turn of the agent, and whether the episode ends here, in failure."""
+        return world, False
 
     @abstractmethod
     def reply(self, task: ToolUseTask, world: World, answer: str) -> tuple[World, str] | None:

@@ -96,7 +96,8 @@ class EmbeddedSuite(Suite):
     def call(self, task: ToolUseTask, world: Any, call: ToolCall) -> tuple[EmbeddedWorld, str, bool]:
         """See base class."""
         data, result, refused = TOOLS[task.category].call(world.data, call)
-        return replace(world, data=data, results=(*world.results, result)), result, refused
+        results = (*world.results, result)
+        return EmbeddedWorld(world.user_turn, data, results, world.begun, world.passed), result, refused
 
     def reply(self, task: ToolUseTask, world: Any, answer: str) -> tuple[EmbeddedWorld, str] | None:
         """See base class; the finished user turn is checked here."""
@@ -121,12 +122,13 @@ class EmbeddedSuite(Suite):
 
     def _check(self, task: ToolUseTask, world: EmbeddedWorld, answer: str) -> tuple[bool, bool]:
         turn = _embedded(task).turns[world.user_turn]
-        goal, results = self._goal(task)[world.user_turn]
+        goal, results = self._goal(task.task_id)[world.user_turn]
         said = not turn.mention or (turn.mention in answer and results[-1] in world.results)
         return world.data == goal, said
 
-    def _goals(self, task: EmbeddedTask) -> list[tuple[Data, list[str]]]:
+    def _goals(self, task_id: str) -> list[tuple[Data, list[str]]]:
         """Returns the data after each user turn of the ground truth, and what its calls return."""
+        task = self._make(task_id)
         data, goals = task.data, []
         for turn in task.turns:
             results = []
@@ -140,7 +142,7 @@ class EmbeddedSuite(Suite):
         """Follows the ground truth; a mistake is a look-up that fails, or a call of a tool that is withheld."""
         turns = _embedded(task).turns
         turn = turns[world.user_turn]
-        _, wanted = self._goal(_embedded(task))[world.user_turn]
+        _, wanted = self._goal(task.task_id)[world.user_turn]
         seen = list(world.results[world.begun :])
         if noise and turn.withheld and not turn.steps:
             # What an agent does that does not know its tools; the error says which there are.
