@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
+# Its own pins do not go with numpy 2; of it the tests need data and simulators alone.
+BFCL := $(shell grep '^bfcl-eval==' constraints.txt)
 # On Linux the usual index has torch built for CUDA, gigabytes more than a CPU needs; here another index can be added.
 TORCH_INDEX ?=
 
@@ -69,6 +71,7 @@ endef
 
 .venv/.installed-dev: .venv/.installed
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps $(BFCL)
 	@touch $@
 
 # The two builds of vLLM share a package name, so a change of VLLM begins anew. What comes with that for a CPU beside torch is

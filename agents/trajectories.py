@@ -36,8 +36,7 @@ def oracle_trajectory(
     ids, mask = [codec.prompt_ids(env.messages(), env.tools_at(env.state))], []
     mask.append(np.zeros(len(ids[0]), bool))
     while True:
-        # Without the tools: an oracle that errs may call one that is not there.
-        text = env.action_format.render(*env.oracle(env.state, rng, noise))
+        text = env.write(*env.oracle(env.state, rng, noise))
         action = np.array([*codec.tokenizer.encode(text, add_special_tokens=False), codec.end_id], dtype=np.int64)
         ids.append(action)
         mask.append(np.ones(len(action), bool))

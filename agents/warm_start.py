@@ -55,7 +55,7 @@ MULTI_HOP = (
     Phase(1500, (4, 4, 3, 1.5, 0.6, 0.3), 8e-4),
     Phase(700, (6, 4, 3, 1, 0.3, 0.1)),
 )
-OTHERS = (Phase(1000, (4, 4, 3, 1, 0.3, 0.1), 1e-3), Phase(500, (6, 4, 3, 1, 0.3, 0.1)))
+OTHERS = (Phase(450, (4, 4, 3, 1, 0.3, 0.1), 1e-3), Phase(250, (6, 4, 3, 1, 0.3, 0.1)))
 PHASES = {"TraceMultiHopQA-v0": MULTI_HOP}
 """How long each shipped agent learns; `OTHERS` for environments that are not named."""
 
@@ -119,7 +119,7 @@ def make_tokenizer(env: ToolEnv, config: WarmStartConfig) -> Any:
         env.reset(seed=int(rng.integers(2**31)), options={"task_id": ids[i]})
         while not env.state.done:
             calls |= dict.fromkeys(tokens_of_calls(env.tools_at(env.state)))
-            env.step(env.action_format.render(*env.oracle(env.state, rng, config.noise)))
+            env.step(env.write(*env.oracle(env.state, rng, config.noise)))
         texts += [message["content"] for message in env.messages()]
     return build_tokenizer(texts, vocab_size=config.vocab_size, format_tokens=tuple(calls))
 

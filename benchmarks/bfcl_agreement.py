@@ -4,8 +4,8 @@
 `multi_turn_checker` of bfcl-eval: all 800 ground truths, and perturbed ones (calls dropped, doubled, reordered, altered, put in
 another user turn, replaced by another task's).
 
-*Cost*: `snapshot()` and `restore()` in mid-task, over a deep copy of the simulators that the last turn changed; both in turns in
-one process.
+*Cost*: `snapshot()` and `restore()` in mid-task, over a deep copy of the simulators that the last turn changed; both in turns
+in one process.
 
     python -m benchmarks.bfcl_agreement --check
     python -m benchmarks.bfcl_agreement --quick
@@ -275,14 +275,11 @@ def cost(args: Args) -> dict[str, Any]:
 
 def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Returns the cells of the table, its headline first."""
-    return [
-        HEAD,
-        *[
-            [r["category"], r["kind"], f"{r['conversations']:,}", f"{r['right']:,}", f"{r['agree']:,}", "all"]
-            + ["met" if r["met"] else "MISSED"]
-            for r in rows
-        ],
-    ]
+    table = [HEAD]
+    for r in rows:
+        counts = [f"{r[name]:,}" for name in ("conversations", "right", "agree")]
+        table.append([r["category"], r["kind"], *counts, "all", "met" if r["met"] else "MISSED"])
+    return table
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -404,3 +404,10 @@ def test_half_a_call_is_no_answer():
     form = get_format("hermes")
     for text in ('<tool_call>{"name": "search"', '{"name": "search"}</tool_call>'):
         assert isinstance(form.parse(text, TOOLS, plain_answer=True), FormatError)
+
+
+@pytest.mark.parametrize("name", ["hermes", "react", "tags"])
+def test_two_calls_of_one_tool_with_different_arguments(name):
+    calls = ToolCalls((ToolCall("search", {"query": "a"}), ToolCall("search", {"query": "b", "top_k": 2})))
+    form = get_format(name)
+    assert form.parse(form.render("Both.", calls), TOOLS, max_calls=2) == calls

@@ -29,7 +29,7 @@ from trace_envs.blocks import (
     read_object,
     stray_end,
     tagged,
-    tool_of,
+    tools_of,
     without_tags,
 )
 from trace_envs.schemas import Tools, by_name, describe, dumps, example_call, kind_of, show
@@ -102,7 +102,7 @@ class ActionFormat(ABC):
         """
         calls = () if isinstance(action, FinalAnswer) else action.calls if isinstance(action, ToolCalls) else (action,)
         if tools is None:
-            tools = [tool_of(call) for call in calls]
+            tools = tools_of(calls)
         if len(calls) > 1:
             spellings: Iterator[str] = iter(["\n".join(self.render("", call, tools) for call in calls)])
         else:

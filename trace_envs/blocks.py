@@ -146,7 +146,13 @@ def without_tags(body: str) -> str:
     return body.replace("<", "\\u003c")
 
 
-def tool_of(call: ToolCall) -> dict[str, Any]:
-    """Returns a tool that takes exactly the arguments of a call."""
-    parameters = {"properties": {name: {} for name in call.arguments}, "required": list(call.arguments)}
-    return {"type": "function", "function": {"name": call.name, "parameters": parameters}}
+def tools_of(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    """Returns tools that take exactly the arguments of the calls; of two calls of one tool, what only one has is optional."""
+    tools = []
+    for name in dict.fromkeys(call.name for call in calls):
+        taken = [call.arguments for call in calls if call.name == name]
+        properties: dict[str, Any] = {argument: {} for arguments in taken for argument in arguments}
+        required = [argument for argument in properties if all(argument in arguments for arguments in taken)]
+        parameters = {"properties": properties, "required": required}
+        tools.append({"type": "function", "function": {"name": name, "parameters": parameters}})
+    return tools

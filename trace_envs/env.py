@@ -24,7 +24,7 @@ from trace_envs.family import Family
 from trace_envs.randomness import OwnGenerator
 from trace_envs.snapshots.record import SCHEMA_VERSION, EnvSnapshot, check_settings
 from trace_envs.spaces import DEFAULT_MAX_LENGTH, UnicodeText
-from trace_envs.state import Action, EpisodeState, FinalAnswer, FormatError, History, Task, ToolCall, Turn
+from trace_envs.state import Act, Action, EpisodeState, FinalAnswer, FormatError, History, Task, ToolCall, Turn
 
 MAX_KEY = 2**63 - 1
 Self = TypeVar("Self", bound="ToolEnv")
@@ -168,6 +168,18 @@ class ToolEnv(gym.Env[str, str], Family):
             after.truncated or state.turn + 1 >= self.max_turns,
         )
         return replace(state, outcome=self.judge(state, None)) if state.truncated else state
+
+    def write(self, thought: str, act: Act, state: EpisodeState | None = None) -> str:
+        """Returns a turn as text that is read back as `act` at that moment, if the tools of the moment can read it at all.
+
+        Raises:
+            ValueError: The action format has no way to write this.
+        """
+        tools = self.callable_tools(self.state if state is None else state)
+        try:
+            return self.action_format.render(thought, act, tools)
+        except ValueError:  # a tool that is not there, or not with such arguments
+            return self.action_format.render(thought, act)
 
     # Gymnasium's interface.
 

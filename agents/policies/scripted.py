@@ -17,7 +17,8 @@ from trace_envs.multihop_qa.heuristics import bm25_action
 from trace_envs.multihop_qa.oracle import oracle_action
 from trace_envs.state import Act, EpisodeState
 
-Script = Callable[[EpisodeState, np.random.Generator], tuple[str, Act]]
+Script = Callable[[EpisodeState, np.random.Generator], tuple[str, Act] | str]
+"""Returns a thought and an action, or the whole turn as text."""
 
 
 def _oracle(state: EpisodeState, rng: np.random.Generator) -> tuple[str, Act]:
@@ -41,7 +42,7 @@ def oracle_of(env: ToolEnv, noise: float = 0.0) -> Script:
         env: Of the same family and with the same arguments as those that are acted in; it is not stepped.
         noise: Chance of a mistake at each step.
     """
-    return lambda state, rng: env.oracle(state, rng, noise)
+    return lambda state, rng: env.write(*env.oracle(state, rng, noise), state)
 
 
 SCRIPTS: dict[str, Script] = {"oracle": _oracle, "bm25": _bm25}
@@ -75,6 +76,7 @@ class ScriptedPolicy:
                 "keep_snapshots=True to TreeAllocationWrapper"
             )
         state = context.node.snapshot.payload
-        text = self._format.render(*self._script(state, self._rng))
+        said = self._script(state, self._rng)
+        text = said if isinstance(said, str) else self._format.render(*said)
         nothing = np.zeros(0, dtype=np.int64)
         return Sample(text, nothing, nothing.astype(np.float32), nothing)

@@ -20,7 +20,7 @@ CATEGORIES = ("files", "messages", "calendar", "shop")
 def follow(env, rng, noise=0.0):
     """Lets the oracle finish the episode."""
     while not env.state.done:
-        env.step(env.action_format.render(*env.oracle(env.state, rng, noise)))
+        env.step(env.write(*env.oracle(env.state, rng, noise)))
     return env.state.outcome
 
 
@@ -77,7 +77,7 @@ def test_after_a_mistake_the_oracle_goes_on_from_where_it_stands(number, seed):
             argument = {"calendar": {"day": "Monday"}, "files": {"folder": "nowhere"}, "shop": {"item": "nothing"}}
             lookup = ToolCall(tool, argument.get(env.state.task.category, {"sender": "nobody"}))
             act = ("", lookup)
-        env.step(env.action_format.render(*act))
+        env.step(env.write(*act))
     # An agent that looks around too long runs out of turns, and only then it fails.
     assert env.state.outcome.is_correct or env.state.truncated
 
@@ -149,7 +149,7 @@ def test_withheld_tools_come_later_with_their_schema():
             after = env.advance(env.state, env.action_format.render("", ToolCall(tool, {"folder": "a", "name": "b"})))
             assert after.history.turn.error and "Unknown tool" in after.history.turn.observation
             assert after.world == env.state.world
-        env.step(env.action_format.render(*env.oracle(env.state, rng)))
+        env.step(env.write(*env.oracle(env.state, rng)))
     assert given == sorted(given) and given[-1]
     assert env.state.outcome.is_correct
 
@@ -189,7 +189,7 @@ def test_snapshots_go_through_bytes_and_pickle():
     env = begin(ToolUseEnv(split="test"), "calendar-6-0")
     rng = np.random.default_rng(0)
     for _ in range(4):
-        env.step(env.action_format.render(*env.oracle(env.state, rng)))
+        env.step(env.write(*env.oracle(env.state, rng)))
     snap = env.snapshot()
     other = ToolUseEnv(split="test")
     for copy in (pickle.loads(pickle.dumps(snap)), trace_envs.EnvSnapshot.from_bytes(snap.to_bytes())):
