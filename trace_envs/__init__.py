@@ -34,6 +34,7 @@ __all__ = [
 _ENVIRONMENTS = {
     "TraceMultiHopQA-v0": "trace_envs.multihop_qa:MultiHopQAEnv",
     "TraceToolUse-v0": "trace_envs.tool_use:ToolUseEnv",
+    "TraceMath-v0": "trace_envs.math_reasoning:MathEnv",
 }
 
 

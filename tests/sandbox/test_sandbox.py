@@ -171,7 +171,7 @@ def test_an_interrupted_call_leaves_no_answer_behind(sandbox: Sandbox) -> None:
 def test_trusted_functions_of_preloaded_modules() -> None:
     with Sandbox(LIMITS, preload=("textwrap", "fractions")) as made:
         assert made.call("textwrap:shorten", "one two three", 9) == "one [...]"
-        with pytest.raises(SandboxError, match=r"textwrap:shorten: .*TypeError") as caught:
+        with pytest.raises(SandboxError, match=r"textwrap:shorten: AttributeError") as caught:
             made.call("textwrap:shorten", 3, None)
         assert caught.value.reason == "exception"
         assert made.run("import textwrap\ntextwrap.dedent('  a')").output == "'a'\n"

@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 
 from trace_envs.multihop_qa.data import Passage, QADataset, QATask
-from trace_envs.multihop_qa.records import DataFormatError, Record, read_passages, read_records
+from trace_envs.multihop_qa.passages import contexts, paragraphs, read_passages, supporting_titles
+from trace_envs.records import DataFormatError, Record, fetch_records, read_records
 
 __all__ = ["READERS", "DataFormatError", "Source", "load_dataset"]
 
@@ -91,22 +92,8 @@ def load_dataset(
 
 
 def _fetch(source: Source, split: str) -> Iterator[Record]:
-    try:
-        import datasets  # here because it is optional, and slow to import
-    except ImportError as error:
-        raise ImportError(
-            f'loading {source.name} without data_path needs `datasets`: pip install "trace-envs[datasets]"'
-        ) from error
     repository, configuration = source.hub
-    wanted = source.splits.get(split, split)
-    try:
-        rows = datasets.load_dataset(repository, configuration, split=wanted)
-    except Exception as error:  # the hub's client raises its own, httpx's and requests' errors, by version
-        raise ConnectionError(
-            f"cannot load split {wanted!r} of {repository!r} from the Hugging Face hub "
-            f"({type(error).__name__}: {error}); pass data_path, a local file with the questions"
-        ) from error
-    return (Record(row, repository, number) for number, row in enumerate(rows, 1))
+    return fetch_records(repository, configuration, source.splits.get(split, split), source.name)
 
 
 def _unique_ids(parsed: Iterable[Parsed]) -> Iterator[Parsed]:
@@ -124,7 +111,7 @@ def _unique_ids(parsed: Iterable[Parsed]) -> Iterator[Parsed]:
 
 
 def _hotpotqa(record: Record, joiner: str) -> Parsed:
-    supporting = record.supporting_titles()
+    supporting = supporting_titles(record)
     task = QATask(
         task_id=record.identifier("_id", "id"),
         prompt=record.text("question"),
@@ -133,7 +120,7 @@ def _hotpotqa(record: Record, joiner: str) -> Parsed:
         hops=2,
         supporting=supporting,
     )
-    return task, record.contexts(joiner)
+    return task, contexts(record, joiner)
 
 
 def _two_wiki(record: Record, joiner: str) -> Parsed:
@@ -143,13 +130,13 @@ def _two_wiki(record: Record, joiner: str) -> Parsed:
 
 
 def _musique(record: Record, joiner: str) -> Parsed:
-    paragraphs = record.paragraphs()
+    found = paragraphs(record)
     steps = record.optional_list("question_decomposition")
     order = [step.get("paragraph_support_idx") for step in steps if isinstance(step, dict)]
-    by_number = {number: passage for number, passage, _ in paragraphs}
+    by_number = {number: passage for number, passage, _ in found}
     # The decomposition gives the reading order; paragraphs that are only flagged follow.
     titles = [by_number[number].title for number in order if number in by_number]
-    titles += [passage.title for _, passage, supports in paragraphs if supports]
+    titles += [passage.title for _, passage, supports in found if supports]
     task = QATask(
         task_id=record.identifier("id", "_id"),
         prompt=record.text("question"),
@@ -158,7 +145,7 @@ def _musique(record: Record, joiner: str) -> Parsed:
         hops=len(steps) or len(dict.fromkeys(titles)),
         supporting=tuple(dict.fromkeys(titles)),
     )
-    return task, [passage for _, passage, _ in paragraphs]
+    return task, [passage for _, passage, _ in found]
 
 
 def _bamboogle(record: Record, joiner: str) -> Parsed:

@@ -45,23 +45,24 @@ class _Dead(Exception):
 class _Warm:
     """A warm process: started once, asked many times."""
 
-    def __init__(self, limits: Limits, preload: Sequence[str], layers: Sequence[str]):
+    def __init__(self, limits: Limits, preload: Sequence[str], paths: Sequence[str], layers: Sequence[str]):
         self._folder = tempfile.mkdtemp(prefix="trace-sandbox-")
         config = {
             "limits": limits.plain(),
             "folder": self._folder,
             "preload": list(preload),
-            "paths": _import_paths() if preload else [],
+            "paths": [*paths, *_import_paths()] if preload else [],
             "layers": list(layers),
         }
         script = Path(__file__).with_name("worker.py")
-        # -I but for the environment, which is empty apart from the seed of hashes: sets come in the same order each time.
+        # -I but for the environment, which has only the seed of hashes (sets come in the same order each time) and what keeps
+        # numerical libraries from threads, which do not survive a fork.
         self._process = subprocess.Popen(
             [sys.executable, "-s", "-P", "-S", "-B", str(script), json.dumps(config)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={"PYTHONHASHSEED": "0"},
+            env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             cwd=self._folder,
             start_new_session=True,
         )
@@ -135,7 +136,9 @@ class Sandbox:
 
     Args:
         limits: What one call may use.
-        preload: Modules that are imported before the walls go up; cells may import them, `call` calls their functions.
+        preload: Modules that are imported before the walls go up; cells may import them, `call` calls their functions. The code
+            can then read what is installed beside them.
+        paths: Folders that preloaded modules are found in, besides where packages are installed.
         workers: Most warm processes, which are started as they are needed.
         layers: Which of `LAYERS` to try; for tests.
 
@@ -148,6 +151,7 @@ class Sandbox:
         limits: Limits | None = None,
         *,
         preload: Sequence[str] = (),
+        paths: Sequence[str] = (),
         workers: int = 1,
         layers: Sequence[str] = LAYERS,
     ):
@@ -157,7 +161,8 @@ class Sandbox:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         self.limits = Limits() if limits is None else limits
-        self._preload, self._workers, self._layers = tuple(preload), workers, tuple(layers)
+        self._preload, self._paths, self._layers = tuple(preload), tuple(paths), tuple(layers)
+        self._workers = workers
         self._begin()
         atexit.register(self.close)
 
@@ -228,7 +233,7 @@ class Sandbox:
                 idle = self._idle.pop() if self._idle else None
             warm = idle
             if warm is None:
-                warm = _Warm(self.limits, self._preload, self._layers)
+                warm = _Warm(self.limits, self._preload, self._paths, self._layers)
             with self._lock:
                 self._busy.append(warm)
             try:
@@ -266,6 +271,6 @@ class Sandbox:
 
 
 @lru_cache(maxsize=16)
-def shared(limits: Limits, preload: tuple[str, ...] = ()) -> Sandbox:
+def shared(limits: Limits, preload: tuple[str, ...] = (), paths: tuple[str, ...] = ()) -> Sandbox:
     """Returns the one sandbox of this process with these settings, with a warm process for each core."""
-    return Sandbox(limits, preload=preload, workers=max(1, len(os.sched_getaffinity(0))))
+    return Sandbox(limits, preload=preload, paths=paths, workers=max(1, len(os.sched_getaffinity(0))))

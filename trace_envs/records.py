@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trace_envs.multihop_qa.data import Passage
-
 _SHOWN = 60
 
 
@@ -86,64 +84,6 @@ class Record:
             raise self.error(name, "a list", value)
         return value
 
-    def contexts(self, joiner: str) -> list[Passage]:
-        """Returns the passages of `context`, given as pairs [title, [sentences]] or as columns."""
-        context = self.fields.get("context")
-        expected = "a list of [title, [sentences]] pairs or columns {'title': [...], 'sentences': [[...]]}"
-        pairs: Any = context
-        if isinstance(context, Mapping):
-            titles, sentences = context.get("title"), context.get("sentences", context.get("content"))
-            if not isinstance(titles, list) or not isinstance(sentences, list) or len(titles) != len(sentences):
-                raise self.error("context", f"{expected}, of equal lengths", context)
-            pairs = list(zip(titles, sentences, strict=True))
-        if not isinstance(pairs, list):
-            raise self.error("context", expected, context)
-        return [self._passage(f"context[{i}]", pair, joiner) for i, pair in enumerate(pairs)]
-
-    def _passage(self, field: str, pair: Any, joiner: str) -> Passage:
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise self.error(field, "a [title, [sentences]] pair", pair)
-        title, sentences = pair
-        if not isinstance(sentences, list) or any(not isinstance(sentence, str) for sentence in sentences):
-            raise self.error(f"{field}[1]", "a list of sentences", sentences)
-        return Passage(title, joiner.join(sentences).strip())
-
-    def supporting_titles(self) -> tuple[str, ...]:
-        """Returns the titles in `supporting_facts`, in order and once each; sentence numbers are not looked at."""
-        facts = self.fields.get("supporting_facts")
-        if facts is None:
-            return ()
-        titles = facts.get("title") if isinstance(facts, Mapping) else facts
-        if not isinstance(titles, list):
-            raise self.error("supporting_facts", "a list of [title, sentence number] pairs", facts)
-        if not isinstance(facts, Mapping):
-            titles = [fact[0] if isinstance(fact, list | tuple) and fact else fact for fact in titles]
-            bad = next((i for i, fact in enumerate(facts) if not isinstance(fact, list | tuple) or not fact), None)
-            if bad is not None:
-                raise self.error(f"supporting_facts[{bad}]", "a [title, sentence number] pair", facts[bad])
-        for i, title in enumerate(titles):
-            if not isinstance(title, str):
-                raise self.error(f"supporting_facts[{i}]", "a title (string)", title)
-        return tuple(dict.fromkeys(titles))
-
-    def paragraphs(self) -> list[tuple[int, Passage, bool]]:
-        """Returns MuSiQue's `paragraphs` as (number, passage, is supporting)."""
-        value = self.fields.get("paragraphs")
-        if not isinstance(value, list):
-            raise self.error("paragraphs", "a list of paragraphs", value)
-        found = []
-        for i, paragraph in enumerate(value):
-            field = f"paragraphs[{i}]"
-            if not isinstance(paragraph, Mapping):
-                raise self.error(field, "an object with title and paragraph_text", paragraph)
-            for key in ("title", "paragraph_text"):
-                if not isinstance(paragraph.get(key), str):
-                    raise self.error(f"{field}.{key}", "a string", paragraph.get(key))
-            number = paragraph.get("idx", i)
-            passage = Passage(paragraph["title"], paragraph["paragraph_text"])
-            found.append((number, passage, paragraph.get("is_supporting") is True))
-        return found
-
 
 def read_records(path: str | Path, argument: str) -> Iterator[Record]:
     """Yields the records of a JSON list, JSON lines or CSV file.
@@ -156,7 +96,7 @@ def read_records(path: str | Path, argument: str) -> Iterator[Record]:
         FileNotFoundError: There is no such file.
         DataFormatError: The file is empty, is not UTF-8, or is none of the formats.
     """
-    text = _read(path, argument)
+    text = read_text(path, argument)
     if str(path).lower().endswith((".csv", ".tsv")):
         yield from _csv_records(text, str(path))
         return
@@ -166,46 +106,37 @@ def read_records(path: str | Path, argument: str) -> Iterator[Record]:
         yield Record(value, str(path), number)
 
 
-def read_passages(path: str | Path, argument: str, joiner: str) -> list[Passage]:
-    """Returns the passages of a corpus file.
+def fetch_records(repository: str, configuration: str | None, split: str, name: str) -> Iterator[Record]:
+    """Yields the records of a data set on the Hugging Face hub.
 
     Args:
-        path: JSON list or lines of `{"title", "text"}` (for text also `paragraph_text`, `sentences` or Search-R1's
-            `contents`), or an object of title -> sentences.
-        argument: Name of the argument that gave the path.
-        joiner: What stands between sentences that are listed singly.
+        repository: Where it is.
+        configuration: Which of its configurations; `None` for its only one.
+        split: Split, as it is called there.
+        name: What an error calls the data set.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        ConnectionError: The data set cannot be fetched.
     """
-    text = _read(path, argument)
-    whole = _whole_object(text)
-    if whole is not None and not isinstance(whole.get("text"), str):
-        records = [
-            Record({"title": title, "text": value}, str(path), i) for i, (title, value) in enumerate(whole.items(), 1)
-        ]
-    else:
-        records = list(read_records(path, argument))
-    passages = [_corpus_passage(record, joiner) for record in records]
-    if not passages:
-        raise DataFormatError(f"{path} holds no passage; expected at least one")
-    return passages
+    try:
+        import datasets  # here because it is optional, and slow to import
+    except ImportError as error:
+        raise ImportError(
+            f'loading {name} without data_path needs `datasets`: pip install "trace-envs[datasets]"'
+        ) from error
+    try:
+        rows = datasets.load_dataset(repository, configuration, split=split)
+    except Exception as error:  # the hub's client raises its own, httpx's and requests' errors, by version
+        raise ConnectionError(
+            f"cannot load split {split!r} of {repository!r} from the Hugging Face hub "
+            f"({type(error).__name__}: {error}); pass data_path, a local file with the questions"
+        ) from error
+    return (Record(row, repository, number) for number, row in enumerate(rows, 1))
 
 
-def _corpus_passage(record: Record, joiner: str) -> Passage:
-    name = next((name for name in ("text", "paragraph_text", "sentences", "contents") if name in record.fields), "text")
-    title, text = record.fields.get("title"), record.fields.get(name)
-    if name == "contents" and title is None and isinstance(text, str):
-        # Search-R1's dump: the first line of `contents` is the quoted title.
-        title, _, text = text.partition("\n")
-        title = title.strip('"')
-    if not isinstance(title, str):
-        raise record.error("title", "a string", title)
-    if isinstance(text, list) and all(isinstance(sentence, str) for sentence in text):
-        text = joiner.join(text).strip()
-    if not isinstance(text, str):
-        raise record.error(name, "a string or a list of sentences", text)
-    return Passage(title, text)
-
-
-def _read(path: str | Path, argument: str) -> str:
+def read_text(path: str | Path, argument: str) -> str:
+    """Returns the text of a data file; raises as `read_records` does."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -221,7 +152,7 @@ def _read(path: str | Path, argument: str) -> str:
     return text
 
 
-def _whole_object(text: str) -> dict[str, Any] | None:
+def whole_object(text: str) -> dict[str, Any] | None:
     """Returns the object that a file consists of; `None` for a list, for lines, and for what does not parse."""
     if not text.lstrip().startswith("{"):
         return None
@@ -240,7 +171,7 @@ def _json_values(text: str, file: str) -> Iterator[Any]:
             raise DataFormatError(f"{file} is not valid JSON ({error}); is the file cut short?") from None
         yield from values
         return
-    if (whole := _whole_object(text)) is not None:
+    if (whole := whole_object(text)) is not None:
         # One object: a single line, or a wrapper such as {"data": [...]}.
         lists = [value for value in whole.values() if isinstance(value, list)]
         yield from lists[0] if len(whole) == 1 and lists else [whole]
