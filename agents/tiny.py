@@ -58,7 +58,11 @@ def tokens_of_calls(tools: Tools) -> list[str]:
 
 
 def build_tokenizer(
-    texts: Iterable[str], *, vocab_size: int = 1024, format_tokens: Sequence[str] = FORMAT_TOKENS
+    texts: Iterable[str],
+    *,
+    vocab_size: int = 1024,
+    format_tokens: Sequence[str] = FORMAT_TOKENS,
+    numbers: str = "[ ]?[0-9]{1,2}",
 ) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE whose name words are two tokens, opener and closer.
 
@@ -66,6 +70,7 @@ def build_tokenizer(
         texts: Training text.
         vocab_size: Size of the vocabulary, special tokens included.
         format_tokens: Texts that are one token each.
+        numbers: What a token of a number may be, as a regular expression.
     """
     openers, closers = name_chunks()
     # Without the split BPE would learn the names of the training world as single tokens and spell all others.
@@ -74,7 +79,7 @@ def build_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(opener, behavior="isolated"),
-            pre_tokenizers.Split(Regex("[ ]?[0-9]{1,2}"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(numbers), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )

@@ -55,8 +55,9 @@ MULTI_HOP = (
     Phase(1500, (4, 4, 3, 1.5, 0.6, 0.3), 8e-4),
     Phase(700, (6, 4, 3, 1, 0.3, 0.1)),
 )
-OTHERS = (Phase(450, (4, 4, 3, 1, 0.3, 0.1), 1e-3), Phase(250, (6, 4, 3, 1, 0.3, 0.1)))
-PHASES = {"TraceMultiHopQA-v0": MULTI_HOP}
+OTHERS = (Phase(600, (4, 4, 3, 1, 0.3, 0.1), 1e-3), Phase(300, (6, 4, 3, 1, 0.3, 0.1)))
+MATHS = (Phase(1100, (4, 4, 3, 1, 0.3, 0.1), 1e-3), Phase(350, (6, 4, 3, 1, 0.3, 0.1)))
+PHASES = {"TraceMultiHopQA-v0": MULTI_HOP, "TraceMath-v0": MATHS}
 """How long each shipped agent learns; `OTHERS` for environments that are not named."""
 
 
@@ -121,7 +122,8 @@ def make_tokenizer(env: ToolEnv, config: WarmStartConfig) -> Any:
             calls |= dict.fromkeys(tokens_of_calls(env.tools_at(env.state)))
             env.step(env.write(*env.oracle(env.state, rng, config.noise)))
         texts += [message["content"] for message in env.messages()]
-    return build_tokenizer(texts, vocab_size=config.vocab_size, format_tokens=tuple(calls))
+    # A digit is a token, the same one with and without a space before it: numbers are copied from texts into calls.
+    return build_tokenizer(texts, vocab_size=config.vocab_size, format_tokens=tuple(calls), numbers="[0-9]")
 
 
 class _Batches:

@@ -6,10 +6,9 @@ Invariant: nothing here knows a format; reading takes time linear in the text an
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from sys import intern
-from typing import Any
+from typing import Any, NamedTuple
 
 from trace_envs.schemas import Function, JSONRefused, check_value, dumps, loads_object, show, signature, text_argument
 from trace_envs.state import FinalAnswer, ToolCall
@@ -22,8 +21,7 @@ class Malformed(Exception):
     """Why a turn is not an action; `ActionFormat.parse` turns it into a `FormatError`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """A stretch of text that claims to be an action: the tag or tool name it stands under, and what it holds."""
 
     tag: str
@@ -35,6 +33,8 @@ class Block:
 
 def outside_thoughts(text: str) -> str:
     """Returns the text without its thoughts, by the rule that `trace_envs.actions` states."""
+    if "think>" not in text:
+        return text
     end = text.find(END_THINK)
     position = end + len(END_THINK) if end >= 0 and text.find(THINK, 0, end) < 0 else 0
     parts = []
@@ -103,9 +103,10 @@ def checked_call(name: str, arguments: dict[str, Any], known: Known) -> ToolCall
     """Returns the call if the tool exists and takes these arguments."""
     function = function_of(name, known)
     parameters = function.get("parameters") or {}
-    # JSON Schema admits unknown properties unless told otherwise; a tool does not, unless told otherwise.
-    wrong = check_value(arguments, {"type": "object", "additionalProperties": False, **parameters})
-    if wrong:
+    if "additionalProperties" not in parameters:
+        # JSON Schema admits unknown properties unless told otherwise; a tool does not, unless told otherwise.
+        parameters = {"additionalProperties": False, **parameters}
+    if wrong := check_value(arguments, parameters):
         raise Malformed(f"{show(name)}: {wrong}. Expected {signature(name, function)}.")
     # Names are the same in thousands of calls; each is kept once.
     return ToolCall(intern(name), {intern(argument): value for argument, value in arguments.items()})

@@ -1,4 +1,5 @@
 import datetime
+import decimal
 import json
 import pickle
 import random
@@ -6,6 +7,7 @@ import subprocess
 import sys
 
 import gymnasium as gym
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -132,6 +134,29 @@ def test_what_a_model_writes_is_never_evaluated():
     assert "No such file or directory" in env.observation()
     env.step(env.action_format.render("", ToolCall("mkdir", {"nonsense": 1})))
     assert env.observation().startswith("Error during execution:")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (ToolCall("round_number", {"number": 10**30, "decimal_places": -(2**63)}), "decimal_places must be at most"),
+        (ToolCall("logarithm", {"value": 2.0, "base": 10, "precision": 10**12}), "precision must be at most"),
+        (ToolCall("square_root", {"number": 2, "precision": 10**12}), "precision must be at most"),
+        (ToolCall("power", {"base": 10**30, "exponent": 10**6}), "too large"),
+        (ToolCall("power", {"base": 10.0, "exponent": 10**6}), "Numerical result out of range"),
+        (ToolCall("multiply", {"a": 10**4000, "b": 10**4000}), "integer string conversion"),
+    ],
+)
+def test_calculations_that_would_not_end_are_errors(call, words):
+    env = make(split="all")
+    task = next(t for t in map(env.suite.task, env.task_ids()) if "MathAPI" in t.classes)
+    env.reset(options={"task_id": task.task_id})
+    precision = mpmath.mp.dps, decimal.getcontext().prec
+    env.step(env.action_format.render("", call))
+    assert words in env.observation() and env.info()["tool_error"]
+    env.step(env.action_format.render("", ToolCall("logarithm", {"value": 8, "base": 2, "precision": 40})))
+    assert env.observation() == "{'result': mpf('3.0')}", "in the words of the official harness"
+    assert (mpmath.mp.dps, decimal.getcontext().prec) == precision
 
 
 def test_time_stands_still():

@@ -8,11 +8,13 @@ The simulators ask for the time in two places (when a file was written, and how 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import decimal
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -21,6 +23,7 @@ from trace_envs.tool_use.bfcl.graph import Graph, freeze, thaw
 
 _SOURCE = "bfcl_eval.eval_checker.multi_turn_eval.func_source_code"
 _STATELESS = frozenset({"MathAPI"})
+_MOST_DIGITS = 4300  # what Python writes at most
 _HELPERS = {"GorillaFileSystem": ("Directory", "File")}
 NOW = datetime.datetime(2024, 9, 1, 10, 30)
 """The time at which it stands still: that of the simulated stock exchange."""
@@ -104,12 +107,37 @@ def run(name: str, graph: Graph, call: Program) -> tuple[Graph, str, bool]:
     """
     simulator = live(name, graph)
     try:
-        result = getattr(simulator, call.name)(*call.positional, **call.named)
+        if name in _STATELESS:
+            _refuse_endless(named((name,), call))
+        with _own_precision(name):
+            result = getattr(simulator, call.name)(*call.positional, **call.named)
+            text, failed = _text(result), isinstance(result, dict) and "error" in result
     except Exception as error:  # whatever a simulator makes of arguments that a model wrote
         text, failed = f"Error during execution: {error}", True
-    else:
-        text, failed = _text(result), isinstance(result, dict) and "error" in result
     return freeze(vars(simulator), _helpers(name), graph), text, failed
+
+
+@contextlib.contextmanager
+def _own_precision(name: str) -> Iterator[None]:
+    """Keeps what a simulator does to the precision of whole modules to one call."""
+    if name not in _STATELESS:
+        yield
+        return
+    import mpmath
+
+    with decimal.localcontext(), mpmath.workdps(mpmath.mp.dps):
+        yield
+
+
+def _refuse_endless(call: Program) -> None:
+    """Raises `ValueError` for calculations that would keep the computer busy; the official harness would wait for them."""
+    given = call.named
+    for argument in ("precision", "decimal_places"):
+        if isinstance(places := given.get(argument), int) and abs(places) > _MOST_DIGITS:
+            raise ValueError(f"{argument} must be at most {_MOST_DIGITS}")
+    base, exponent = given.get("base"), given.get("exponent")
+    if isinstance(base, int) and isinstance(exponent, int) and abs(exponent) * base.bit_length() > 4 * _MOST_DIGITS:
+        raise ValueError("the result is too large")
 
 
 def _text(result: Any) -> str:
