@@ -72,7 +72,8 @@ class EvaluateArgs:
         corpus_path: File with the passages to search; the questions' own contexts if it is left out.
         split: Split of the data set or suite.
         suite: Of TraceToolUse-v0: `embedded` (if it is left out) or `bfcl-v4`.
-        category: Of TraceToolUse-v0: kind of tasks, such as `shop` or `multi_turn_base`.
+        category: Of TraceToolUse-v0 and TraceMath-v0: kind of tasks, such as `shop`, `multi_turn_base` or `word`.
+        levels: Of TraceMath-v0: levels of the problems; all if it is left out.
         calls_per_turn: Of TraceToolUse-v0: most calls of one turn.
         agent: A scripted agent, `oracle` or `bm25`, or `model`. If it is left out, `model` where a policy or model is named,
             else `oracle`.
@@ -109,6 +110,7 @@ class EvaluateArgs:
     split: str = "test"
     suite: str | None = None
     category: str | None = None
+    levels: tuple[int, ...] | None = None
     calls_per_turn: int | None = None
     agent: str | None = None
     policy: str | None = None
@@ -184,6 +186,7 @@ class EvaluateArgs:
             "corpus_path": self.corpus_path,
             "suite": self.suite,
             "category": self.category,
+            "levels": self.levels,
             "calls_per_turn": self.calls_per_turn,
             "top_k": self.top_k,
             "max_turns": self.max_turns,

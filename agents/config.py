@@ -57,7 +57,8 @@ class EnvConfig:
         dataset_seed: Seed of the synthetic encyclopedia.
         top_k: Passages that a search returns.
         suite: Of TraceToolUse-v0: `embedded` or `bfcl-v4`.
-        category: Of TraceToolUse-v0: kind of tasks.
+        category: Of TraceToolUse-v0 and TraceMath-v0: kind of tasks.
+        levels: Of TraceMath-v0: levels of the problems.
         calls_per_turn: Of TraceToolUse-v0: most calls of one turn.
         max_turns: Turns after which an episode is truncated.
         search_dropout: Chance that a passage found is withheld.
@@ -73,6 +74,7 @@ class EnvConfig:
     top_k: int | None = None
     suite: str | None = None
     category: str | None = None
+    levels: tuple[int, ...] | None = None
     calls_per_turn: int | None = None
     max_turns: int | None = None
     search_dropout: float | None = None

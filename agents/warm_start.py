@@ -56,7 +56,7 @@ MULTI_HOP = (
     Phase(700, (6, 4, 3, 1, 0.3, 0.1)),
 )
 OTHERS = (Phase(600, (4, 4, 3, 1, 0.3, 0.1), 1e-3), Phase(300, (6, 4, 3, 1, 0.3, 0.1)))
-MATHS = (Phase(1100, (4, 4, 3, 1, 0.3, 0.1), 1e-3), Phase(350, (6, 4, 3, 1, 0.3, 0.1)))
+MATHS = (Phase(600, (4, 4, 3, 1, 0.3, 0.1), 1e-3), Phase(200, (6, 4, 3, 1, 0.3, 0.1)))
 PHASES = {"TraceMultiHopQA-v0": MULTI_HOP, "TraceMath-v0": MATHS}
 """How long each shipped agent learns; `OTHERS` for environments that are not named."""
 

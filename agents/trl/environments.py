@@ -126,12 +126,18 @@ def environment_factory(env_id: str, *, seed: int = 0, **env_kwargs: Any) -> Cal
         **env_kwargs: The environment's arguments.
 
     Raises:
-        ValueError: The id is unknown, the environment has no tools or not such as Python can call, or an argument is unknown.
+        ValueError: The id is unknown, the environment has no tools or not such as Python can call, it is a conversation, or an
+            argument is unknown.
     """
     with closing(make_env(env_id, env_kwargs)) as env:
         base = _tool_env(env)
         if not base.tools:
             raise ValueError(f"environment {env_id!r} has no tools, and TRL offers nothing else: use rollout_func")
+        if base.plain_answer:
+            raise ValueError(
+                f"environment {env_id!r} is a conversation whose user goes on after an answer, where TRL's loop ends: use "
+                "rollout_func"
+            )
         # TRL lists the functions of the class, so each set of tools is a class of its own.
         kind = type(f"{type(base).__name__}Episode", (Episode,), tool_methods(base.tools, Episode._call))
     numbers = itertools.count()

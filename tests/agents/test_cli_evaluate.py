@@ -8,7 +8,7 @@ import pytest
 
 import agents.cli_evaluate
 from agents.cli import main
-from agents.models import SHIPPED, load_model
+from agents.models import SHIPPED, TINY_OF, load_model
 from agents.runlog import read_jsonl
 
 DATA = Path(os.environ.get("TRACE_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
@@ -91,12 +91,28 @@ def test_episodes_are_kept_as_they_end(capsys, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHIPPED["tiny"].is_dir(), reason="the shipped warm start is not built yet")
-def test_the_shipped_agent_is_small_and_answers_easy_questions(capsys, tmp_path):
-    size = sum(p.stat().st_size for p in SHIPPED["tiny"].rglob("*") if p.is_file())
-    model, _ = load_model("tiny")
+@pytest.mark.parametrize("env_id", TINY_OF)
+def test_the_shipped_agents_are_small_and_solve_easy_tasks(env_id, capsys, tmp_path):
+    folder = SHIPPED[TINY_OF[env_id]]
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    model, _ = load_model(TINY_OF[env_id])
     assert size <= 4 * 2**20 and sum(p.numel() for p in model.parameters()) < 10**6
-    words = ["--agent", "model", "--split", "test"]
+    words = ["--env-id", env_id, "--agent", "model", "--split", "test"]
     record = evaluation(capsys, tmp_path, *words)
-    # Most one-hop questions and few six-hop ones: success is spread widely, which is what there is to allocate by.
-    assert record["eval/accuracy_by_level/1"] > 0.55 > 0.2 > record["eval/accuracy_by_level/6"]
+    # Most easy tasks and few hard ones: success is spread widely, which is what there is to allocate by.
+    assert record["eval/accuracy_by_level/1"] > 0.55 > 0.25 > record["eval/accuracy_by_level/6"]
+
+
+@pytest.mark.parametrize("dataset", ["synthetic", "gsm8k"])
+def test_evaluate_mathematics(dataset, capsys, tmp_path):
+    words = ["--env-id", "TraceMath-v0", "--agent", "oracle"]
+    if dataset == "synthetic":
+        record = evaluation(capsys, tmp_path, *words, "--category", "modular", "--levels", "2", "5")
+        assert record["eval/questions_by_level/2"] == record["eval/questions_by_level/5"] == 25
+    else:
+        file = tmp_path / "gsm8k.jsonl"
+        rows = [{"question": f"{n} + 1?", "answer": f"It is <<{n}+1={n + 1}>>.\n#### {n + 1}"} for n in range(8)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        record = evaluation(capsys, tmp_path, *words, "--dataset", "gsm8k", "--data-path", str(file))
+        assert record["eval/questions"] == 8 and record["eval/turns"] == 2
+    assert record["eval/accuracy"] == 1.0

@@ -448,6 +448,8 @@ def test_a_shipped_model_brings_the_way_it_is_asked(tmp_path):
     runs = {"runs": tmp_path, "name": "x"}
     tiny = resolve(TrainConfig(**runs)).env
     assert tiny.kwargs() == {"top_k": 2, "system_prompt": ""}
+    tools = resolve(TrainConfig(**runs, env_id="TraceToolUse-v0")).env
+    assert tools.kwargs() == {"system_prompt": "", "calls_per_turn": 1}
     given = resolve(TrainConfig(**runs, env=EnvConfig(top_k=5))).env
     assert given.kwargs() == {"top_k": 5, "system_prompt": ""}
     assert resolve(TrainConfig(**runs, model="./other")).env.kwargs() == {}

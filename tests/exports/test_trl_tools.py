@@ -304,3 +304,12 @@ def test_any_schema_can_be_told(description, rules, data):
             assert "JSON schema: {" in parameters["properties"][name]["description"]
     episode.reset(task_id="Ada")
     assert np.isscalar(episode.total_reward) and LOOKUP["function"]["name"] not in offered(episode)
+
+
+def test_a_conversation_is_refused_and_mathematics_is_not():
+    with pytest.raises(ValueError, match=r"'TraceToolUse-v0' is a conversation .* use rollout_func"):
+        environment_factory("TraceToolUse-v0")
+    episode = environment_factory("TraceMath-v0", category="linear")()
+    episode.reset(task_id="linear-1-0")
+    assert episode.calculator(expression="2 * 21") == "42"
+    assert episode.python(code="x = 3\nx") == "3" and episode.python(code="x + 1") == "4"
