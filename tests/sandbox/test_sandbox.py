@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -166,6 +168,36 @@ def test_an_interrupted_call_leaves_no_answer_behind(sandbox: Sandbox) -> None:
     finally:
         signal.signal(signal.SIGALRM, before)
     assert [sandbox.run(str(i)).output for i in range(4)] == [f"{i}\n" for i in range(4)]
+
+
+def test_it_works_beside_a_thousand_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2000:
+        pytest.skip("the machine allows fewer open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1200)]
+    try:
+        with Sandbox(LIMITS) as made:
+            assert made.run("6 * 7").output == "42\n"
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_long_cell_arrives_whole(sandbox: Sandbox) -> None:
+    assert sandbox.run(f"x = '{'é' * 300_000}'\nlen(x)").output == "300000\n"
+
+
+def test_a_stopped_warm_process_is_given_up() -> None:
+    with Sandbox(Limits(cpu_seconds=0.2, wall_seconds=0.2)) as made:
+        before = {child.pid for child in psutil.Process().children()}
+        made.run("1")
+        (warm,) = [child for child in psutil.Process().children() if child.pid not in before]
+        warm.suspend()
+        result = made.run("1" + " " * 300_000)
+        assert (result.ok, result.reason) == (False, "process")
+        assert made.run("1").output == "1\n"
 
 
 def test_trusted_functions_of_preloaded_modules() -> None:

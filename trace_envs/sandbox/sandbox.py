@@ -30,6 +30,7 @@ from trace_envs.sandbox.limits import Isolation, Limits, Result, SandboxError
 LAYERS = ("namespaces", "landlock", "seccomp")
 _START_SECONDS = 60.0
 _GRACE_SECONDS = 5.0
+_PART = 4096  # bytes that a pipe which is ready takes without waiting (PIPE_BUF)
 _MESSAGES = {
     "time": "it took too long (at most {wall_seconds:g} seconds, {cpu_seconds:g} of processor time)",
     "memory": "it needs more memory than the {memory_mib} MiB there are",
@@ -40,6 +41,15 @@ _MESSAGES = {
 
 class _Dead(Exception):
     """A warm process does not answer."""
+
+
+def _await(descriptor: int, event: int, deadline: float) -> None:
+    """Waits until a descriptor is ready; not by `select`, which knows no descriptor above 1,023."""
+    poll = select.poll()
+    poll.register(descriptor, event)
+    left = deadline - time.monotonic()
+    if left <= 0 or not poll.poll(1000 * left):
+        raise _Dead
 
 
 class _Warm:
@@ -62,6 +72,7 @@ class _Warm:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            bufsize=0,  # what a buffer holds at a fork would be sent twice
             env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             cwd=self._folder,
             start_new_session=True,
@@ -69,7 +80,7 @@ class _Warm:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._requests, self._replies = self._process.stdin, self._process.stdout
         try:
-            self.isolation = Isolation(**self._receive(_START_SECONDS)["isolation"])
+            self.isolation = Isolation(**self._receive(time.monotonic() + _START_SECONDS)["isolation"])
         except (_Dead, KeyError, TypeError) as error:
             self.close()
             missing = f" (it imports {', '.join(preload)})" if preload else ""
@@ -78,27 +89,26 @@ class _Warm:
             ) from error
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
         body = json.dumps(request).encode("utf-8", "replace")
+        data = memoryview(struct.pack("!I", len(body)) + body)
         try:
-            self._requests.write(struct.pack("!I", len(body)) + body)
-            self._requests.flush()
+            while data:
+                _await(self._requests.fileno(), select.POLLOUT, deadline)
+                data = data[os.write(self._requests.fileno(), data[:_PART]) :]
         except (OSError, ValueError) as error:
             raise _Dead from error
-        return self._receive(seconds)
+        return self._receive(deadline)
 
-    def _receive(self, seconds: float) -> dict[str, Any]:
-        deadline = time.monotonic() + seconds
+    def _receive(self, deadline: float) -> dict[str, Any]:
         length = struct.unpack("!I", self._exactly(4, deadline))[0]
         return json.loads(self._exactly(length, deadline))
 
     def _exactly(self, count: int, deadline: float) -> bytes:
         data = b""
-        descriptor = self._replies.fileno()
         while len(data) < count:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-                raise _Dead
-            part = os.read(descriptor, count - len(data))
+            _await(self._replies.fileno(), select.POLLIN, deadline)
+            part = os.read(self._replies.fileno(), count - len(data))
             if not part:
                 raise _Dead
             data += part
@@ -117,8 +127,7 @@ class _Warm:
     def forget(self) -> None:
         """Lets go of a process that is another's child."""
         for pipe in (self._requests, self._replies):
-            with contextlib.suppress(OSError):
-                os.close(pipe.fileno())
+            pipe.close()
         self._process.returncode = 0  # or its destructor would warn
 
 
@@ -273,4 +282,8 @@ class Sandbox:
 @lru_cache(maxsize=16)
 def shared(limits: Limits, preload: tuple[str, ...] = (), paths: tuple[str, ...] = ()) -> Sandbox:
     """Returns the one sandbox of this process with these settings, with a warm process for each core."""
-    return Sandbox(limits, preload=preload, paths=paths, workers=max(1, len(os.sched_getaffinity(0))))
+    return Sandbox(limits, preload=preload, paths=paths, workers=_cores())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

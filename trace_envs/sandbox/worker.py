@@ -219,9 +219,13 @@ class Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(copy, signal.SIGKILL)
             os.killpg(copy, signal.SIGKILL)  # its session, where nothing keeps it from making processes
-        code = os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])
+        _, status, used = os.wait4(copy, 0)
+        code = os.waitstatus_to_exitcode(status)
         shutil.rmtree(inside, ignore_errors=True)
-        return _verdict(request["kind"], data, late, code)
+        # Who ignores the signal at the soft limit is killed by the kernel at the hard one, and says nothing any more.
+        exhausted = used.ru_utime + used.ru_stime >= self._limits["cpu_seconds"] * times
+        silent = "time" if exhausted and code == -signal.SIGKILL else "process"
+        return _verdict(request["kind"], data, late or code == -signal.SIGXCPU, silent)
 
     def _be_the_copy(self, request: dict[str, Any], writing: int, inside: str) -> NoReturn:
         try:
@@ -286,9 +290,9 @@ class Worker:
             data = data[os.write(self._replies, data) :]
 
 
-def _verdict(kind: str, data: bytes, late: bool, code: int) -> dict[str, Any]:
-    """Returns what to make of a copy's reply and of how it ended."""
-    if late or code == -signal.SIGXCPU:
+def _verdict(kind: str, data: bytes, late: bool, silent: str) -> dict[str, Any]:
+    """Returns what to make of a copy's reply; `silent` is the reason if it is none."""
+    if late:
         return {"reason": "time", "output": ""}
     with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(data)
@@ -297,7 +301,7 @@ def _verdict(kind: str, data: bytes, late: bool, code: int) -> dict[str, Any]:
                 return {"reason": "", "value": answer["value"]}
             if isinstance(answer.get("output"), str) and answer["reason"] in ("", "exception", "memory", "output"):
                 return {"reason": answer["reason"], "output": answer["output"]}
-    return {"reason": "process", "output": ""}
+    return {"reason": silent, "output": ""}
 
 
 def main() -> None:
