@@ -364,7 +364,7 @@ def one_line(capsys):
         ({"lr_schedule": "step"}, "unknown lr_schedule 'step'; known: linear, cosine, constant"),
         ({"num_envs": 0}, "num_envs must be at least 1, got 0"),
         ({"device": "gpu"}, "device 'gpu' cannot be used here (Expected one of cpu, cuda"),
-        ({"env_id": "Ecko-v0"}, "there is no environment 'Ecko-v0'; known: TraceMultiHopQA-v0"),
+        ({"env_id": "Ecko-v0"}, "there is no environment 'Ecko-v0'; known: TraceMath-v0, TraceMultiHopQA-v0"),
         ({"env_id": "CartPole-v1"}, "environment 'CartPole-v1' has no task_ids()"),
         ({"env": {"top_k": 3}}, "environment 'Echo-v0' does not take argument 'top_k'"),
         ({"learning_rate": 1}, "unknown settings learning_rate; known: advantage_clip, advantage_std, aggregation"),

@@ -171,7 +171,7 @@ def _answer(record: Record) -> str:
     value = record.fields.get("answer")
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    return record.text("answer")
+    return record.text("answer").strip()
 
 
 def _kind(record: Record) -> str:
