@@ -33,7 +33,10 @@ def one_line(capsys):
         (["--model", "./nowhere"], "is no model folder"),
         (["--policy", "vllm", "--model", "./nowhere"], "./nowhere is no folder"),
         (["--policy", "openai", "--sampling-top-k", "5"], "--policy openai has no top_k"),
-        (["--env-id", "TraceMultihopQA-v0"], "no environment 'TraceMultihopQA-v0'; known: TraceMath-v0, TraceMultiHopQA-v0"),
+        (
+            ["--env-id", "TraceMultihopQA-v0"],
+            "no environment 'TraceMultihopQA-v0'; known: TraceMath-v0, TraceMultiHopQA-v0",
+        ),
         (["--env-id", "CartPole-v1"], "environment 'CartPole-v1' has no task_ids()"),
     ],
 )
