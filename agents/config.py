@@ -36,6 +36,7 @@ FIXED_ON_RESUME = (
     "env_id",
     "env",
     "train_split",
+    "train_levels",
     "eval_split",
     "model",
     "policy",
@@ -119,6 +120,8 @@ class TrainConfig(LearnerConfig):
         compile: Compile the decoding of the transformers policy.
         num_envs: Rollouts that run side by side.
         train_split: Split that training questions come from.
+        train_levels: Shares of the levels, from level 1 on, in the pool of training tasks, such as `4 4 1 0 0 1` for many easy
+            ones and some hopeless; the pool is the largest with these shares. If it is left out, all tasks.
         eval_split: Split that is evaluated before and after.
         eval_per_level: Tasks of each level (number of hops, for instance) in an evaluation; 0 for all.
         eval_every: Also evaluate every so many updates; 0 for only before and after.
@@ -155,6 +158,7 @@ class TrainConfig(LearnerConfig):
     compile: bool = False
     num_envs: int = 128
     train_split: str = "train"
+    train_levels: tuple[float, ...] = ()
     eval_split: str = "test"
     eval_per_level: int = 100
     eval_every: int = 0
@@ -202,6 +206,8 @@ class TrainConfig(LearnerConfig):
             raise ValueError(
                 f"name must be that of one directory, got {self.name!r}; --runs says in which directory it lies"
             )
+        if self.train_levels and (min(self.train_levels) < 0 or not 0 < sum(self.train_levels) < float("inf")):
+            raise ValueError(f"train_levels must be shares, none negative and not all zero, got {self.train_levels}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive in training, got {self.temperature}")
         _ = self.sampling  # says what is out of range

@@ -91,6 +91,36 @@ def task_ids(env_id: str, env: gym.Env) -> list[str]:
     return list(bare.task_ids())
 
 
+def pool_of_levels(env_id: str, env: gym.Env, shares: Sequence[float]) -> list[str]:
+    """Returns the largest pool of an environment's tasks in which the levels have given shares, in the data set's order.
+
+    Args:
+        env_id: What an error calls the environment.
+        env: The environment.
+        shares: Of the levels, from level 1 on; they are normalised. Empty for all tasks.
+
+    Raises:
+        ValueError: A level that has a share has no tasks.
+    """
+    ids, bare = task_ids(env_id, env), env.unwrapped
+    if not shares:
+        return ids
+    by_level: dict[int, list[str]] = {}
+    for task_id in ids:
+        task = bare.pick_task(np.random.default_rng(0), task_id) if isinstance(bare, ToolEnv) else None
+        by_level.setdefault(bare.level_of(task) if task is not None else 0, []).append(task_id)  # type: ignore[attr-defined]
+    wanted = {level: share for level, share in enumerate(shares, 1) if share > 0}
+    missing = [level for level in wanted if level not in by_level]
+    if missing:
+        known = ", ".join(map(str, sorted(by_level)))
+        raise ValueError(
+            f"train_levels: environment {env_id!r} has no tasks of level {missing[0]}; its levels are {known}"
+        )
+    scale = min(len(by_level[level]) / share for level, share in wanted.items())
+    kept = {task_id for level, share in wanted.items() for task_id in by_level[level][: round(scale * share)]}
+    return [task_id for task_id in ids if task_id in kept]
+
+
 def eval_task_ids(env_id: str, env_kwargs: dict[str, Any], per_level: int) -> list[str]:
     """Returns the first `per_level` tasks of each level (all tasks if it is 0), in the data set's order."""
     with contextlib.closing(make_env(env_id, env_kwargs)) as made:

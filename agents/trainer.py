@@ -29,7 +29,7 @@ from agents.policies import collect
 from agents.policies.make import make_trainable
 from agents.reference import make_reference
 from agents.runlog import CONFIG, METRICS, RunLog, read_jsonl
-from agents.tasks import TaskDeck, eval_task_ids, task_ids, with_split
+from agents.tasks import TaskDeck, eval_task_ids, pool_of_levels, with_split
 from agents.tokenizer_checks import check_vocabulary
 from allocation import Ledger, Tree, TreeAllocationWrapper, make_allocator, make_predictor
 from allocation.methods.predicted import PredictedAllocator
@@ -107,7 +107,7 @@ class Trainer:
             envs = opened.enter_context(
                 contextlib.closing(make_vector(config.env_id, config.num_envs, self.env_kwargs))
             )
-            self.deck = TaskDeck(task_ids(config.env_id, envs.envs[0]))
+            self.deck = TaskDeck(pool_of_levels(config.env_id, envs.envs[0], config.train_levels))
             self.envs = TreeAllocationWrapper(
                 envs,
                 allocator=self.allocator,
