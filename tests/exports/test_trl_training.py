@@ -11,6 +11,7 @@ from transformers.utils import get_json_schema
 
 trl = pytest.importorskip("trl")
 
+from agents.models import load_model  # noqa: E402
 from agents.trl import environment_factory, environment_reward, episode_reward, rollout_func, trl_dataset  # noqa: E402
 from agents.trl.rollouts import GROUPED  # noqa: E402
 
@@ -288,3 +289,24 @@ def test_a_data_set_of_task_ids_alone_will_do(make):
 def test_tools_of_every_kind_are_the_trainers_tools(make):
     trainer = make(episode_reward, "Trip-v0", environment_factory=environment_factory("Trip-v0"))
     assert {t.__name__ for t in trainer.tools} == {t["function"]["name"] for t in trl_games.TOOLS}
+
+
+def test_conversations_with_tools_are_learned_through_rollouts(tmp_path):
+    """The shipped agent, whose episodes go on over several messages of a user."""
+    settings = {"system_prompt": "", "calls_per_turn": 1, "split": "validation"}
+    model, tokenizer = load_model("tiny-tools")
+    forests = []
+    options = {"max_steps": 1, "num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 512}
+    trainer = trl.GRPOTrainer(
+        model,
+        environment_reward,
+        trl.GRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], save_strategy="no", seed=0, **options),
+        trl_dataset("TraceToolUse-v0", task_ids=["shop-3-0", "files-3-1", "messages-3-2", "calendar-3-3"], **settings),
+        processing_class=tokenizer,
+        rollout_func=rollout_func("TraceToolUse-v0", done=forests.append, num_envs=8, **settings),
+    )
+    before = weights(trainer.model)
+    trainer.train()
+    ends = [leaf for forest in forests for tree in forest for leaf in tree.leaves()]
+    assert len(ends) == 8 and any(leaf.is_correct for leaf in ends) and max(leaf.depth for leaf in ends) > 2
+    assert (weights(trainer.model) - before).abs().max() > 0
