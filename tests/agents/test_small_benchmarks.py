@@ -1,0 +1,79 @@
+"""Benchmarks of retrieval and environment: that they compare what they say, and notice a difference."""
+
+import numpy as np
+import pytest
+from rank_bm25 import BM25Okapi
+
+from benchmarks import all as every
+from benchmarks import environment, retrieval, tool_turns
+from trace_envs.multihop_qa import MultiHopQAEnv
+from trace_envs.multihop_qa.retrieval import BM25Index, tokenize
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return retrieval.made(300, 20, 0)
+
+
+def test_made_corpora_are_functions_of_their_seed(corpus):
+    assert corpus == retrieval.made(300, 20, 0) != retrieval.made(300, 20, 1)
+    counts = np.bincount([int(w[1:]) for text in corpus[0] for w in text.split()])
+    assert counts[0] > counts[9] > counts[99]
+
+
+def test_scores_are_compared_with_those_of_rank_bm25(corpus):
+    texts, queries = corpus
+    rank = BM25Okapi([tokenize(text) for text in texts])
+    assert max(retrieval._difference(BM25Index(texts), rank, query) for query in queries) <= retrieval.TOLERANCE
+    assert max(retrieval._difference(BM25Index(texts, k1=1.4), rank, query) for query in queries) > 1e-3
+    assert retrieval._difference(BM25Index(texts[:20]), BM25Okapi([["other"]] * 20), queries[0]) == float("inf")
+
+
+def test_growth_is_a_power():
+    rows = [{"corpus": "made", "documents": n, "ours_us": 3.0 * n**0.5} for n in (10, 100, 1000)]
+    assert retrieval.growth(rows, "ours_us") == pytest.approx(0.5)
+    assert np.isnan(retrieval.growth(rows[:1], "ours_us"))
+
+
+def test_the_two_environments_show_the_same_and_a_difference_is_seen(monkeypatch):
+    args = environment.Args(questions=4, rank_questions=2, repeats=1)
+    env = MultiHopQAEnv(split="test")
+    row = environment.measure("synthetic", env, args)
+    assert row["same_observations"] and row["turns"] > 4 and row["ratio"] > 0
+
+    class Backwards(environment.RankBM25):
+        def search(self, query, k):
+            found, scores = super().search(query, k)
+            return found[::-1], scores[::-1]
+
+    monkeypatch.setattr(environment, "RankBM25", Backwards)
+    assert not environment.measure("synthetic", env, args)["same_observations"]
+
+
+def test_a_turn_is_measured_in_each_world():
+    row = tool_turns.measure("shop", tool_turns.Args(tasks=6, repeats=1))
+    assert row["calls"] >= 6 and row["bare_us"] < row["checked_us"] and row["ratio"] > 1
+    assert row["met"] is (row["ratio"] <= tool_turns.BAR)
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("a\nb 1.5 (bar 2)\n", "b 1.5 (bar 2)"),
+        ("┏━━┓\n┃ x ┃ y ┃\n┡━━┩\n│ 1 │ 2 │\n└──┘\n", "1  2"),
+        ("\n  \n", ""),
+    ],
+)
+def test_the_last_words_of_a_benchmark(output, words):
+    assert every.last_words(output) == words
+
+
+def test_every_benchmark_is_there():
+    import importlib
+
+    for name in every.BENCHMARKS:
+        module = importlib.import_module(f"benchmarks.{name}")
+        assert hasattr(module, "main") and hasattr(module, "Args"), name
+        assert "quick" in module.Args.__dataclass_fields__, name
+    with pytest.raises(ValueError, match="unknown benchmark 'speed'; known: snapshots"):
+        every.Args(only=("speed",))
