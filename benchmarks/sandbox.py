@@ -164,7 +164,10 @@ def main(args: Args) -> bool:
         (args.output / "sandbox.jsonl").write_text("".join(json.dumps(row | shared) + "\n" for row in rows))
         (args.output / "sandbox.md").write_text(f"{markdown(TITLE, cells(rows))}\n{workers} workers; {held}\n")
         draw(rows, args.output / "sandbox.png")
-    return all(row["met"] for row in rows if row["met"] is not None)
+    judged = [row for row in rows if row["met"] is not None]
+    for row in judged:
+        console.print(f"{row['warm']:.0f} calls/s, {row['ratio']:.1f} times a fresh interpreter", highlight=False)
+    return all(row["met"] for row in judged)
 
 
 if __name__ == "__main__":

@@ -186,6 +186,8 @@ def main(args: Args) -> bool:
         (args.output / "tool_turns.md").write_text(f"{markdown(TITLE, cells(rows))}\n")
         draw(rows, args.output / "tool_turns.png")
     print_table(console, TITLE, cells(rows))
+    ratios = [row["ratio"] for row in rows]
+    console.print(f"a turn takes {min(ratios):.1f} to {max(ratios):.1f} times json and the bare call", highlight=False)
     return all(row["met"] for row in rows)
 
 
