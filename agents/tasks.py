@@ -91,6 +91,15 @@ def task_ids(env_id: str, env: gym.Env) -> list[str]:
     return list(bare.task_ids())
 
 
+def ids_by_level(env: ToolEnv) -> dict[int, list[str]]:
+    """Returns the ids of an environment's tasks by level, each level's in the data set's order."""
+    found: dict[int, list[str]] = {}
+    for task_id in env.task_ids():
+        level = env.level_of(env.pick_task(np.random.default_rng(0), task_id))
+        found.setdefault(level, []).append(task_id)
+    return found
+
+
 def pool_of_levels(env_id: str, env: gym.Env, shares: Sequence[float]) -> list[str]:
     """Returns the largest pool of an environment's tasks in which the levels have given shares, in the data set's order.
 
@@ -105,10 +114,7 @@ def pool_of_levels(env_id: str, env: gym.Env, shares: Sequence[float]) -> list[s
     ids, bare = task_ids(env_id, env), env.unwrapped
     if not shares:
         return ids
-    by_level: dict[int, list[str]] = {}
-    for task_id in ids:
-        task = bare.pick_task(np.random.default_rng(0), task_id) if isinstance(bare, ToolEnv) else None
-        by_level.setdefault(bare.level_of(task) if task is not None else 0, []).append(task_id)  # type: ignore[attr-defined]
+    by_level = ids_by_level(bare) if isinstance(bare, ToolEnv) else {0: ids}
     wanted = {level: share for level, share in enumerate(shares, 1) if share > 0}
     missing = [level for level in wanted if level not in by_level]
     if missing:
@@ -128,11 +134,5 @@ def eval_task_ids(env_id: str, env_kwargs: dict[str, Any], per_level: int) -> li
         ids = task_ids(env_id, made)
         if not per_level or not isinstance(env, ToolEnv):
             return ids
-        taken: dict[int, int] = {}
-        chosen = []
-        for task_id in ids:
-            level = env.level_of(env.pick_task(np.random.default_rng(0), task_id))
-            if taken.get(level, 0) < per_level:
-                taken[level] = taken.get(level, 0) + 1
-                chosen.append(task_id)
-        return chosen
+        chosen = {task_id for level in ids_by_level(env).values() for task_id in level[:per_level]}
+        return [task_id for task_id in ids if task_id in chosen]

@@ -23,6 +23,7 @@ from agents.layout import grouped
 from agents.models import env_settings
 from agents.policies.chat import ChatCodec
 from agents.renaming import Renamer
+from agents.tasks import ids_by_level
 from agents.tiny import FORMAT_TOKENS, build_model, build_tokenizer, tokens_of_calls
 from agents.trajectories import ReadingDrills, Trajectory, oracle_trajectory, supervised_loss
 from trace_envs.env import ToolEnv
@@ -134,10 +135,7 @@ class _Batches:
         self._codec = ChatCodec(tokenizer)
         self._drill = ReadingDrills(env, self._codec) if isinstance(env, MultiHopQAEnv) else None
         self._rename = Renamer(tokenizer) if config.rename else None
-        self._by_level: dict[int, list[str]] = {}
-        for task_id in env.task_ids():
-            level = env.level_of(env.pick_task(np.random.default_rng(0), task_id))
-            self._by_level.setdefault(level, []).append(task_id)
+        self._by_level = ids_by_level(env)
         for phase in config.phases:
             missing = [i for i, share in enumerate(phase.levels, 1) if share and i not in self._by_level]
             if missing or (not phase.levels and self._drill is None):

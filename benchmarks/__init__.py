@@ -16,6 +16,11 @@ def config_of(args: Any) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
 
 
+def data_folder() -> Path:
+    """Returns where the real data sets are, in TRACE_DATA_DIR or beside the repository, whether they are there or not."""
+    return Path(os.environ.get("TRACE_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Returns the versions that figures depend on: of packages, of Python, and the kind of machine."""
     machine = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ from rank_bm25 import BM25Okapi
 from rich.console import Console
 
 from agents.policies.scripted import SCRIPTS
-from benchmarks import commit, config_of, versions
+from benchmarks import commit, config_of, data_folder, versions
 from benchmarks.arena_show import markdown, print_table
 from trace_envs.multihop_qa import MultiHopQAEnv
 from trace_envs.multihop_qa.passages import read_passages
@@ -85,7 +84,7 @@ class RankBM25:
 
 def environments(folder: Path) -> Iterator[tuple[str, MultiHopQAEnv]]:
     """Yields environments with what they search: HotpotQA's own passages, then those of three data sets together."""
-    root = Path(os.environ.get("TRACE_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
+    root = data_folder()
     data = root / "hotpotqa" / "hotpotqa_train.json"
     corpora = [root / name / file for name, file in CORPORA.items()]
     if not data.exists() or not all(corpus.exists() for corpus in corpora):

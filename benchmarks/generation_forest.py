@@ -5,12 +5,10 @@ Invariant: the same seed asks for the same rollouts of the same questions; which
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +18,10 @@ from agents.models import env_settings
 from agents.policies import Policy, collect
 from agents.policies.paths import path_ids
 from allocation import Context, Forest, Root, Sample, TreeAllocationWrapper, make_allocator
+from benchmarks import data_folder
 
 ENV_ID = "TraceMultiHopQA-v0"
-DATA = Path(os.environ.get("TRACE_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
+DATA = data_folder()
 
 
 @dataclass(frozen=True)

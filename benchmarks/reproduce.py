@@ -110,11 +110,7 @@ def run_all(todo: Sequence[Cell], args: Args, console: Console) -> list[dict[str
             except RuntimeError as error:
                 console.print(f"[red]{error}", highlight=False)
     order = {cell.name: i for i, cell in enumerate(todo)}
-    return sorted(rows, key=lambda row: order[Cell(**{**_cell(row), "size": Size(**row["size"])}).name])
-
-
-def _cell(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in Cell.__dataclass_fields__}
+    return sorted(rows, key=lambda row: order[Cell.of(row).name])
 
 
 def tune(args: Args, console: Console) -> None:
@@ -234,14 +230,10 @@ def main(args: Args) -> bool:
     rows = run_all(todo, args, console)
     args.output.mkdir(parents=True, exist_ok=True)
     known = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
-    new = {_name(row) for row in rows}
-    kept = [row for row in known if _name(row) not in new] + [row | {"config": config_of(args)} for row in rows]
+    new = {Cell.of(row) for row in rows}
+    kept = [row for row in known if Cell.of(row) not in new] + [row | {"config": config_of(args)} for row in rows]
     rows_file.write_text("".join(json.dumps(row) + "\n" for row in kept))
     return report(kept, console, args.output)
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    return Cell(**{**_cell(row), "size": Size(**row["size"])}).name
 
 
 if __name__ == "__main__":

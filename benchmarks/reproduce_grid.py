@@ -142,6 +142,11 @@ class Cell:
     split: str = "test"
     size: Size = field(default_factory=Size)
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Cell:
+        """Returns the run that plain data with its fields, such as a row of results, is of."""
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__} | {"size": Size(**row["size"])})
+
     @property
     def name(self) -> str:
         """Name of its folder; runs that differ in anything have different ones."""

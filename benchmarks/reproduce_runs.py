@@ -29,7 +29,7 @@ from agents.runlog import METRICS, read_jsonl
 from agents.tasks import eval_task_ids, with_split
 from agents.trainer import Trainer
 from benchmarks import commit, versions
-from benchmarks.reproduce_grid import WORLDS, Cell, Size
+from benchmarks.reproduce_grid import WORLDS, Cell
 
 ROW = "row.json"
 
@@ -47,12 +47,6 @@ class Args:
     cell: tyro.conf.Positional[str]
     runs: Path
     warm_starts: tuple[str, ...]
-
-
-def cell_of(text: str) -> Cell:
-    """Returns a run from JSON."""
-    fields = json.loads(text)
-    return Cell(**{**fields, "size": Size(**fields["size"])})
 
 
 def launch(cell: Cell, runs: Path, warm_starts: Sequence[str]) -> dict[str, Any]:
@@ -137,7 +131,7 @@ def row_of(cell: Cell, config: TrainConfig, metrics: Sequence[dict[str, Any]], f
 
 def main(args: Args) -> None:
     """Trains, evaluates, and writes the row."""
-    cell = cell_of(args.cell)
+    cell = Cell.of(json.loads(args.cell))
     config = cell.config(args.runs, args.warm_starts)
     resume = bool(list_checkpoints(config.directory / "checkpoints"))
     with closing(Trainer(config, resume=resume)) as trainer:

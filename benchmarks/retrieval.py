@@ -15,7 +15,6 @@ how the time of a query grows with the number of documents (a power; no bar, but
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from matplotlib import pyplot as plt
 from rank_bm25 import BM25Okapi
 from rich.console import Console
 
-from benchmarks import commit, config_of, versions
+from benchmarks import commit, config_of, data_folder, versions
 from benchmarks.arena_show import markdown, print_table
 from trace_envs.multihop_qa.readers import load_dataset
 from trace_envs.multihop_qa.retrieval import BM25Index, tokenize
@@ -179,8 +178,7 @@ def _difference(ours: BM25Index, rank: BM25Okapi, query: str) -> float:
 
 def corpora(args: Args, console: Console) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yields names, documents and queries."""
-    standard = Path(__file__).parents[2] / "shared" / "data"
-    folder = args.data or Path(os.environ.get("TRACE_DATA_DIR", standard))
+    folder = args.data or data_folder()
     if folder.is_dir():
         texts, questions = real(folder)
         yield "real", texts, questions[:: 10 if args.quick else 1]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import os
 import sys
 import tempfile
 import timeit
@@ -35,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 import trace_envs
-from benchmarks import config_of, versions
+from benchmarks import config_of, data_folder, versions
 from benchmarks.overhead import wrapper_overhead
 from trace_envs.multihop_qa import MultiHopQAEnv
 from trace_envs.snapshots import EnvSnapshot, adapter_for
@@ -305,7 +304,7 @@ def main(args: Args) -> int:
 
 def with_data(args: Args) -> Args:
     """Fills in the real data of TRACE_DATA_DIR where it is there."""
-    folder = Path(os.environ.get("TRACE_DATA_DIR", Path(__file__).parents[2] / "shared" / "data")) / "2wikimultihopqa"
+    folder = data_folder() / "2wikimultihopqa"
     data, corpus = folder / "2wikimultihopqa_train_500.json", folder / "2wikimultihopqa_corpus.json"
     if args.data_path is None and args.corpus_path is None and data.exists() and corpus.exists():
         return replace(args, data_path=data, corpus_path=corpus)

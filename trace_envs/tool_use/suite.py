@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -90,3 +91,19 @@ class Suite(ABC):
     @abstractmethod
     def oracle(self, task: ToolUseTask, world: World, rng: np.random.Generator, noise: float) -> tuple[str, Act]:
         """Returns the next thought and action of an agent that knows the way; see `trace_envs.family.Family.oracle`."""
+
+
+def outcome_of_turns(passed: Sequence[tuple[bool, bool]], count: int) -> Outcome:
+    """Returns the verdict on a conversation: every user turn has to pass.
+
+    Args:
+        passed: For each user turn that is over: whether the world is right, and whether what was said or returned is.
+        count: User turns of the task.
+    """
+    solved = len(passed) == count and all(state and response for state, response in passed)
+    components = {
+        "state_match": sum(state for state, _ in passed) / count,
+        "response_match": sum(response for _, response in passed) / count,
+        "turns_passed": sum(state and response for state, response in passed) / count,
+    }
+    return Outcome(solved, float(solved), MappingProxyType(components))

@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from trace_envs.tool_use.bfcl.checker import responses_match, state_matches
 from trace_envs.tool_use.bfcl.data import CATEGORIES, SPLITS, BFCLTask, Program, function_schemas, load_category
 from trace_envs.tool_use.bfcl.graph import Graph
 from trace_envs.tool_use.bfcl.simulators import first_graph, named, owners, run
-from trace_envs.tool_use.suite import Suite, ToolUseTask
+from trace_envs.tool_use.suite import Suite, ToolUseTask, outcome_of_turns
 
 MAX_STEPS = 20
 """Agent turns with calls in one user turn; one more ends the episode in failure, as in the official harness."""
@@ -154,14 +153,7 @@ class BFCLSuite(Suite):
     def outcome(self, task: ToolUseTask, world: Any, answer: str | None) -> Outcome:
         """Returns the verdict: every user turn has to pass; `answer` does not matter, but there must be one."""
         passed = world.passed if answer is None else (*world.passed, self._check(task, world))
-        count = len(_bfcl(task).messages)
-        solved = len(passed) == count and all(state and response for state, response in passed)
-        components = {
-            "state_match": sum(state for state, _ in passed) / count,
-            "response_match": sum(response for _, response in passed) / count,
-            "turns_passed": sum(state and response for state, response in passed) / count,
-        }
-        return Outcome(solved, float(solved), MappingProxyType(components))
+        return outcome_of_turns(passed, len(_bfcl(task).messages))
 
     def _check(self, task: ToolUseTask, world: BFCLWorld) -> tuple[bool, bool]:
         if not _bfcl(task).truth[world.user_turn]:

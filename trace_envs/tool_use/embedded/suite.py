@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from trace_envs.tool_use.embedded.generate import (
     tools_without,
 )
 from trace_envs.tool_use.embedded.records import Data, EmbeddedTask, EmbeddedWorld, UserTurn
-from trace_envs.tool_use.suite import Suite, ToolUseTask
+from trace_envs.tool_use.suite import Suite, ToolUseTask, outcome_of_turns
 
 TASKS = {"train": 250, "validation": 25, "test": 25}
 """Tasks of each category and level."""
@@ -111,14 +110,7 @@ class EmbeddedSuite(Suite):
     def outcome(self, task: ToolUseTask, world: Any, answer: str | None) -> Outcome:
         """Returns the verdict, with the shares of user turns that pass (`turns_passed`) by state and by response."""
         passed = world.passed if answer is None else (*world.passed, self._check(task, world, answer))
-        count = len(_embedded(task).turns)
-        solved = len(passed) == count and all(state and response for state, response in passed)
-        components = {
-            "state_match": sum(state for state, _ in passed) / count,
-            "response_match": sum(response for _, response in passed) / count,
-            "turns_passed": sum(state and response for state, response in passed) / count,
-        }
-        return Outcome(solved, float(solved), MappingProxyType(components))
+        return outcome_of_turns(passed, len(_embedded(task).turns))
 
     def _check(self, task: ToolUseTask, world: EmbeddedWorld, answer: str) -> tuple[bool, bool]:
         turn = _embedded(task).turns[world.user_turn]
