@@ -1,13 +1,17 @@
-"""How many turns a second does `TraceMultiHopQA-v0` take, beside the same loop with rank-bm25's own scoring?
+"""How many turns a second does `TraceMultiHopQA-v0` take, beside rank-bm25's own scoring, and beside GEM's tool environment?
 
 A scripted agent answers real HotpotQA questions (synthetic ones where the real data are absent), over HotpotQA's own passages
 and over those of three data sets together: it searches by words of what it has read, then answers. The same texts are then
 played in two environments that differ in their retriever only, and every observation is compared.
 
-Bar: 30 times the turns a second of the environment with rank-bm25. How the time of a turn grows with its number is printed, too
-(no bar).
+GEM (gem-llm), in an environment of its own, plays the same episodes, and all that it searches for has been found for it.
+
+Bars: 30 times the turns a second of the environment with rank-bm25, 3 times those of GEM as it comes (its search tool asks a
+server on the same machine). How the time of a turn grows with its number is printed, too (no bar).
 
     python -m benchmarks.environment --check
+    python -m venv .venv-gem && .venv-gem/bin/pip install gem-llm==0.1.0 datasets requests
+    python -m benchmarks.environment --check --gem .venv-gem/bin/python
     python -m benchmarks.environment --quick
 """
 
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,9 +42,11 @@ from benchmarks.arena_show import markdown, print_table
 from trace_envs.multihop_qa import MultiHopQAEnv
 from trace_envs.multihop_qa.passages import read_passages
 from trace_envs.multihop_qa.retrieval import tokenize
+from trace_envs.state import Act, ToolCall
 
-BAR = 30.0
+BAR, GEM_BAR = 30.0, 3.0
 TITLE = "Turns of TraceMultiHopQA-v0"
+GEM_TITLE = "The same episodes in GEM's ToolEnvWrapper, everything found beforehand"
 CORPORA = {
     "hotpotqa": "hotpotqa_train_corpus.json",
     "musique": "musique_train_corpus.json",
@@ -55,6 +62,7 @@ class Args:
         questions: Questions that are played.
         rank_questions: Questions that are played with rank-bm25, the first of them.
         repeats: Repetitions; the median counts, the two alternate.
+        gem: Interpreter of an environment that has gem-llm; without one GEM is left out.
         quick: Few of all, and no files.
         check: Exit with status 1 if a bar is missed.
         output: Directory of the results.
@@ -63,6 +71,7 @@ class Args:
     questions: int = 100
     rank_questions: int = 10
     repeats: int = 5
+    gem: str | None = None
     quick: bool = False
     check: bool = False
     output: Path = Path("results")
@@ -97,24 +106,62 @@ def environments(folder: Path) -> Iterator[tuple[str, MultiHopQAEnv]]:
     yield "hotpotqa, all passages", MultiHopQAEnv(dataset="hotpotqa", data_path=str(data), corpus_path=str(together))
 
 
-def episodes(env: MultiHopQAEnv, count: int) -> list[tuple[str, list[str]]]:
-    """Returns task ids with the texts that the scripted agent writes."""
+Episode = tuple[str, list[tuple[str, Act]]]
+"""A task's id with the thoughts and actions of the scripted agent."""
+
+
+def episodes(env: MultiHopQAEnv, count: int) -> list[Episode]:
+    """Lets the scripted agent play the first tasks."""
     rng, found = np.random.default_rng(0), []
     for task_id in env.task_ids()[:count]:
         env.reset(seed=0, options={"task_id": task_id})
-        texts = []
+        acts = []
         while not env.state.done:
             said = SCRIPTS["bm25"](env.state, rng)
-            texts.append(said if isinstance(said, str) else env.action_format.render(*said))
-            env.step(texts[-1])
-        found.append((task_id, texts))
+            assert not isinstance(said, str)
+            acts.append(said)
+            env.step(env.action_format.render(*said))
+        found.append((task_id, acts))
     return found
 
 
-def play(env: MultiHopQAEnv, played: Sequence[tuple[str, list[str]]]) -> tuple[float, list[str]]:
+def for_gem(thought: str, act: Act) -> str:
+    """Writes a turn in the tags that GEM reads."""
+    said = f"<search>{act.arguments['query']}</search>" if isinstance(act, ToolCall) else f"<answer>{act.text}</answer>"
+    return f"<think>{thought}</think>{said}"
+
+
+def play_gem(python: str, env: MultiHopQAEnv, played: Sequence[Episode], repeats: int) -> dict[str, Any]:
+    """Has GEM play the episodes; returns what `benchmarks.environment_gem` prints."""
+    tasks, passages = {task.task_id: task for task in env.dataset.tasks}, env.dataset.passages
+    queries = {act.arguments["query"].strip() for _, acts in played for _, act in acts if isinstance(act, ToolCall)}
+    found = {
+        query: [
+            {"document": {"contents": f"{passages[i].title}\n{passages[i].text}"}}
+            for i in env.index.search(query, env.top_k)[0]
+        ]
+        for query in queries
+    }
+    given = {
+        "episodes": [
+            {"id": i, "question": tasks[i].prompt, "answers": tasks[i].answers, "texts": [for_gem(*a) for a in acts]}
+            for i, acts in played
+        ],
+        "found": found,
+        "repeats": repeats,
+    }
+    script = Path(__file__).with_name("environment_gem.py")
+    done = subprocess.run([python, str(script)], input=json.dumps(given), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{python} could not run GEM:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def play(env: MultiHopQAEnv, played: Sequence[Episode]) -> tuple[float, list[str]]:
     """Plays episodes; returns seconds a turn and all observations."""
+    written = [(task_id, [env.action_format.render(*said) for said in acts]) for task_id, acts in played]
     seen, turns, start = [], 0, time.perf_counter()
-    for task_id, texts in played:
+    for task_id, texts in written:
         env.reset(seed=0, options={"task_id": task_id})
         for text in texts:
             observation, *_ = env.step(text)
@@ -164,6 +211,7 @@ def measure(searched: str, ours: MultiHopQAEnv, args: Args) -> dict[str, Any]:
                 seconds[name].append(taken)
     middle = {name: median(values) for name, values in seconds.items()}
     ratio = middle["rank"] / middle["ours"]
+    gem = {} if args.gem is None else against_gem(play_gem(args.gem, ours, played, args.repeats), middle["all"])
     return {
         "data": searched,
         "passages": len(ours.dataset.passages),
@@ -173,6 +221,19 @@ def measure(searched: str, ours: MultiHopQAEnv, args: Args) -> dict[str, Any]:
         "ratio": ratio,
         "same_observations": same,
         "met": ratio >= BAR and same,
+        **gem,
+    }
+
+
+def against_gem(theirs: dict[str, Any], ours: float) -> dict[str, Any]:
+    """Returns what a row says of GEM, given the seconds of our turns."""
+    ratios = {f"gem_{name}_ratio": taken / ours for name, taken in theirs["seconds"].items()}
+    speeds = {f"gem_{name}_turns_per_second": 1 / taken for name, taken in theirs["seconds"].items()}
+    return {
+        **speeds,
+        **ratios,
+        "gem_correct": theirs["correct"]["http"],
+        "gem_met": ratios["gem_http_ratio"] >= GEM_BAR,
     }
 
 
@@ -195,6 +256,18 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return table
 
 
+def gem_cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Returns the cells of the table of GEM; none without GEM."""
+    table = [["searched", "turns/s", "GEM", "ratio", f"bar {GEM_BAR:g}", "GEM without its server", "ratio"]]
+    for row in rows:
+        if "gem_met" in row:
+            speeds = [f"{row[name]:,.0f}" for name in ("turns_per_second", "gem_http_turns_per_second")]
+            verdict = "met" if row["gem_met"] else "MISSED"
+            free = [f"{row['gem_free_turns_per_second']:,.0f}", f"{row['gem_free_ratio']:.2f}"]
+            table.append([row["data"], *speeds, f"{row['gem_http_ratio']:.1f}", verdict, *free])
+    return table[: len(table) * (len(table) > 1)]
+
+
 def main(args: Args) -> bool:
     """Runs the benchmark; returns whether the bar is met everywhere and all observations are the same."""
     if args.quick:
@@ -211,13 +284,16 @@ def main(args: Args) -> bool:
         shared = {"config": config_of(args), "versions": versions("gymnasium", "rank-bm25"), "commit": commit()}
         text = "".join(json.dumps(row | shared) + "\n" for row in (*rows, {"turn_seconds": times, "slope": slope}))
         (args.output / "environment.jsonl").write_text(text)
-        (args.output / "environment.md").write_text(f"{markdown(TITLE, cells(rows))}\n{line}\n")
+        tables = [markdown(TITLE, cells(rows)), *(markdown(GEM_TITLE, t) for t in [gem_cells(rows)] if t)]
+        (args.output / "environment.md").write_text("\n".join([*tables, line]) + "\n")
         draw(times, args.output / "environment.png")
     print_table(console, TITLE, cells(rows))
+    if gem_cells(rows):
+        print_table(console, GEM_TITLE, gem_cells(rows))
     console.print(line, highlight=False)
     ratios = ", ".join(f"{row['ratio']:.1f} ({row['passages']:,} passages)" for row in rows)
     console.print(f"turns over those with rank-bm25: {ratios}", highlight=False)
-    return all(row["met"] for row in rows)
+    return all(row["met"] and row.get("gem_met", True) for row in rows)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ from rich.progress import track
 
 from benchmarks import config_of
 from benchmarks.arena_show import markdown, print_table
+from benchmarks.reproduce_figures import draw_budgets, draw_curves
 from benchmarks.reproduce_grid import ABLATION, MAIN, METHODS, QUICK, WORLDS, Cell, Size, cells
 from benchmarks.reproduce_runs import launch
-from benchmarks.reproduce_tables import BASE, draw, set_cells, summary
+from benchmarks.reproduce_tables import BASE, comparisons, set_cells, summary
 from benchmarks.reproduce_tables import cells as table_cells
 
 GAIN_BAR, RATIO_BAR, TOKENS_BAR = 0.028, 1.7, 0.5
@@ -186,12 +187,11 @@ def report(
         Whether every bar that was judged is met.
     """
     met, text = True, []
-    for world, pool in dict.fromkeys((row["world"], row["pool"]) for row in rows):
-        records = summary(rows, world, pool)
-        title = f"{world}, {pool} pool"
+    for title, chosen in comparisons(rows).items():
+        records = summary(chosen)
         print_table(console, title, table_cells(records))
         text.append(markdown(title, table_cells(records)))
-        sets = set_cells(rows, world, pool)
+        sets = set_cells(chosen)
         text.append(markdown(f"{title}: evaluation sets and levels", sets))
         for line, good in verdicts(records) if judge else ():
             met = met and good
@@ -200,7 +200,8 @@ def report(
         text.append("")
     if output is not None:
         (output / "reproduce.md").write_text("\n".join(text))
-        draw(rows, output / "reproduce.png")
+        draw_curves(rows, output / "reproduce.png")
+        draw_budgets(rows, output / "reproduce_budget.png")
     return met
 
 

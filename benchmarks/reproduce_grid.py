@@ -50,12 +50,14 @@ METHODS: Mapping[str, Method] = {
     "arpo": _groups("arpo", "branches where entropy rose"),
     "trace": _trace("the paper's TRACE"),
     "trace_roots": _trace("TRACE without its prefix stage", continuations=0.0),
+    "trace_prefixes": _trace("TRACE at random prompts", root_value="uniform", pool_factor=1.0),
+    "trace_neither": _trace("random prompts, no prefixes", root_value="uniform", pool_factor=1.0, continuations=0.0),
     "trace_plus": Method({"allocator": "trace_plus", "estimator": "tree"}, "ours"),
 }
 """By name; `warm_start`, which learns nothing, is the first evaluation of any of them."""
 
 MAIN = ("grpo", "grpo_4", "dapo", "pcl", "mopps", "vip", "treepo", "tree_grpo", "arpo", "trace", "trace_plus")
-ABLATION = ("grpo", "trace_roots", "trace", "trace_plus")
+ABLATION = ("grpo", "trace_neither", "trace_prefixes", "trace_roots", "trace")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ from benchmarks import commit, versions
 from benchmarks.reproduce_grid import WORLDS, Cell
 
 ROW = "row.json"
+BINS = 10
+"""Stretches of a run in a heat map."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,23 @@ def final_figures(config: TrainConfig, cell: Cell) -> dict[str, Any]:
     return figures
 
 
+def budget_by(records: Sequence[Mapping[str, float]], prefix: str) -> dict[str, list[float]]:
+    """Returns how a run's rollouts are divided in each stretch of it.
+
+    Args:
+        records: The records of the updates.
+        prefix: `budget/by_level/` or `budget/by_depth/`.
+
+    Returns:
+        By level or depth, the share of the stretch's rollouts in each of at most `BINS` stretches.
+    """
+    parts = [part for part in np.array_split(np.arange(len(records)), BINS) if len(part)]
+    names = {key.removeprefix(prefix) for record in records for key in record if key.startswith(prefix)}
+    counts = {n: [sum(records[i].get(prefix + n, 0) for i in p) for p in parts] for n in sorted(names, key=float)}
+    totals = np.maximum(np.sum(list(counts.values()), axis=0), 1) if counts else np.ones(len(parts))
+    return {name: (np.array(found) / totals).tolist() for name, found in counts.items()}
+
+
 def row_of(cell: Cell, config: TrainConfig, metrics: Sequence[dict[str, Any]], final: dict[str, Any]) -> dict[str, Any]:
     """Returns all that is reported of a run."""
     updates = [record for record in metrics if "train/success" in record]
@@ -124,6 +143,7 @@ def row_of(cell: Cell, config: TrainConfig, metrics: Sequence[dict[str, Any]], f
         "tokens": int(tokens[-1]),
         "continuations": int(sum(r["ledger/continuations"] for r in updates)),
         "curve": curve,
+        "budget": {what: budget_by(updates, f"budget/by_{what}/") for what in ("level", "depth")},
         "versions": versions("torch", "transformers", "gymnasium"),
         "commit": commit(),
     }

@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
+
+from benchmarks.reproduce_grid import METHODS
 
 Row = Mapping[str, Any]
 RESAMPLES = 10_000
@@ -41,13 +41,22 @@ def interval(values: Sequence[float], seed: int = 0) -> Interval:
     return Interval(float(x.mean()), float(low), float(high), len(x))
 
 
-def by_method(rows: Sequence[Row], world: str, pool: str) -> dict[str, dict[int, Row]]:
-    """Returns the rows of a world and pool by method and seed."""
+def comparisons(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Returns the rows of each comparison by its title: runs of one environment, pool, size and split."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        size = row["size"]
+        title = f"{row['world']}, {row['pool']} pool, {size['updates']} updates of {size['budget']} rollouts"
+        found[title if row["split"] == "test" else f"{title}, {row['split']}"].append(row)
+    return dict(found)
+
+
+def by_method(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """Returns the rows of one comparison by method and seed, methods in the order of the grid."""
     found: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
-        if (row["world"], row["pool"]) == (world, pool):
-            found[row["method"]][row["seed"]] = row
-    return dict(found)
+        found[row["method"]][row["seed"]] = row
+    return {name: found[name] for name in sorted(found, key=list(METHODS).index)}
 
 
 def paired(one: Mapping[int, Row], other: Mapping[int, Row], figure: str) -> Interval:
@@ -79,9 +88,9 @@ def first_at(row: Row, accuracy: float, what: str) -> float:
     return float("inf")
 
 
-def summary(rows: Sequence[Row], world: str, pool: str) -> list[dict[str, Any]]:
-    """Returns the table of a world and pool: a record for the warm start alone and one for each method."""
-    methods = by_method(rows, world, pool)
+def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Returns the table of one comparison: a record for the warm start alone and one for each method."""
+    methods = by_method(rows)
     base = methods.get(BASE, {})
     records = []
     everyone = {seed: row for found in methods.values() for seed, row in found.items()}
@@ -163,9 +172,9 @@ def _line(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def set_cells(rows: Sequence[Row], world: str, pool: str) -> list[list[str]]:
+def set_cells(rows: Sequence[Row]) -> list[list[str]]:
     """Returns accuracy, exact match and F1 of each evaluation set, where a world has several; a headline alone if not."""
-    methods = by_method(rows, world, pool)
+    methods = by_method(rows)
     table = [["method", "set", "accuracy, %", "EM, %", "F1, %", "by level, %"]]
     for name, found in methods.items():
         for part in next(iter(found.values()))["sets"] if found else ():
@@ -178,22 +187,3 @@ def set_cells(rows: Sequence[Row], world: str, pool: str) -> list[list[str]]:
             per_level = " ".join(f"{100 * np.mean([f[key] for f in figures]):.0f}" for key in levels)
             table.append([name, part, mean("accuracy"), mean("em"), mean("f1"), per_level])
     return table
-
-
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draws the learning curves over tokens, means over seeds, one panel for each world and pool."""
-    panels = list(dict.fromkeys((row["world"], row["pool"]) for row in rows))
-    if not panels:
-        return
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False, layout="constrained")
-    for axis, (world, pool) in zip(axes[0], panels, strict=True):
-        for i, (name, found) in enumerate(by_method(rows, world, pool).items()):
-            end = min(row["tokens"] for row in found.values())
-            grid = np.linspace(0, end, 40)
-            mean = np.mean([[at_tokens(row, t) for t in grid] for row in found.values()], axis=0)
-            axis.plot(grid / 1e3, 100 * mean, label=f"{name} ({len(found)})", color=plt.get_cmap("tab20")(i))
-        axis.set(xlabel="tokens sampled, thousands", ylabel="accuracy, %", title=f"{world}, {pool} pool")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

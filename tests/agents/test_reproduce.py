@@ -19,7 +19,8 @@ def row(method, seed, accuracies, tokens=1000, **more):
     points = [{"update": i, "rollouts": 10 * i, "tokens": tokens * i, "accuracy": a} for i, a in enumerate(accuracies)]
     figures = {"accuracy": accuracies[-1], "accuracy_by_pool": accuracies[-1], "ratio_roots": 0.3, "ratio_tree": 0.4}
     end = {"tokens": tokens * (len(accuracies) - 1), "warm_accuracy": accuracies[0], "model": "tiny", "curve": points}
-    return {"world": "math", "pool": "balanced", "method": method, "seed": seed, **figures, **end, **more}
+    what = {"world": "math", "pool": "balanced", "split": "test", "size": vars(QUICK), "method": method, "seed": seed}
+    return {**what, **figures, **end, **more}
 
 
 def test_an_interval_is_of_seeds():
@@ -48,7 +49,7 @@ def test_the_table_pairs_seeds_and_keeps_failures():
     rows = [row("grpo", s, [0.2, 0.4 + 0.1 * s]) for s in range(3)]
     rows += [row("pcl", s, [0.2, 0.5 + 0.1 * s], tokens=500) for s in range(2)]
     rows += [row("trace_plus", s, [0.2, 0.1]) for s in range(3)]
-    warm, grpo, pcl, ours = summary(rows, "math", "balanced")
+    warm, grpo, pcl, ours = summary(rows)
     assert warm["accuracy"].mean == pytest.approx(0.2) and grpo["gain"] is None
     assert pcl["seeds"] == 2 and pcl["gain"].count == 2 and pcl["gain"].mean == pytest.approx(0.1)
     # At 500 tokens grpo is half-way from .2 to .4 (.5), pcl at its end: .2 and .25 more.
@@ -56,7 +57,7 @@ def test_the_table_pairs_seeds_and_keeps_failures():
         0.354, abs=0.02
     )
     assert ours["accuracy"].mean == pytest.approx(0.1) and ours["tokens_to_base"] == math.inf
-    judged = dict(reproduce.verdicts(summary(rows, "math", "balanced")))
+    judged = dict(reproduce.verdicts(summary(rows)))
     assert not any(judged.values()) and len(judged) == 4
 
 
