@@ -41,8 +41,8 @@ from benchmarks.regimes_world import REGIMES, SkillWorld, Told
 from benchmarks.reproduce_grid import METHODS
 from benchmarks.reproduce_tables import Interval, interval
 
-STEPS = (0.01, 0.03, 0.1)
-TUNING_SEEDS = (900, 901, 902)
+STEPS = (0.1, 0.2, 0.4)
+TUNING_SEEDS = (900, 901)
 BASE = "grpo"
 POINTS = 20
 
@@ -67,8 +67,8 @@ class Args:
     methods: tuple[str, ...] = (
         "grpo", "pcl", "mopps", "vip", "treepo", "tree_grpo", "arpo", "trace", "trace_roots", "trace_prefixes", "trace_plus",
     )  # fmt: skip
-    seeds: int = 16
-    turns: int = 20_000
+    seeds: int = 12
+    turns: int = 6_000
     budget: int = 64
     predictor: str = "told"
     jobs: int = 0
@@ -200,36 +200,42 @@ def shown(found: Interval, signed: bool = False) -> str:
     return f"{mean} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
+def turns_to(row: Mapping[str, Any], success: float) -> float:
+    """Returns the share of a run's turns after which it first has a chance of success; infinity if it never has."""
+    curve = np.array(row["curve"])
+    reached = np.flatnonzero(curve >= success)
+    if not len(reached):
+        return float("inf")
+    i = int(reached[0])
+    part = (success - curve[i - 1]) / (curve[i] - curve[i - 1]) if i else 0.0
+    return (i - 1 + part) / (len(curve) - 1) if i else 0.0
+
+
+HEAD = (
+    "method", "success at the end, %", "over grpo", "over pcl", "turns to grpo's end", "ratio roots, %", "ratio trees, %",
+    "continuations, %", "step",
+)  # fmt: skip
+
+
 def cells(rows: Sequence[Mapping[str, Any]], regime: str) -> list[list[str]]:
     """Returns the table of a regime, its headline first."""
-    head = [
-        "method",
-        "success at the end, %",
-        f"over {BASE}",
-        "over pcl",
-        "ratio roots, %",
-        "trees, %",
-        "continuations, %",
-        "step",
-    ]
     by: dict[str, dict[int, Mapping[str, Any]]] = {}
     for row in rows:
         if row["regime"] == regime:
             by.setdefault(row["method"], {})[row["seed"]] = row
-    table = [head]
+    table = [list(HEAD)]
     for method, found in by.items():
-
-        def over(base: str, found: dict[int, Mapping[str, Any]] = found, method: str = method) -> str:
-            if base not in by or method == base:
-                return ""
-            return shown(interval([found[s]["success"] - by[base][s]["success"] for s in found]), signed=True)
-
-        mean = {
-            k: 100 * np.mean([r[k] for r in found.values()]) for k in ("ratio_roots", "ratio_tree", "continuations")
-        }
-        figures = [f"{mean[k]:.0f}" for k in mean]
-        success = shown(interval([r["success"] for r in found.values()]))
-        table.append([method, success, over(BASE), over("pcl"), *figures, f"{next(iter(found.values()))['step']:g}"])
+        line = [method, shown(interval([r["success"] for r in found.values()]))]
+        for base in (BASE, "pcl"):
+            known = base in by and base != method
+            line.append(
+                shown(interval([found[s]["success"] - by[base][s]["success"] for s in found]), True) if known else ""
+            )
+        shares = [turns_to(found[s], by[BASE][s]["success"]) for s in found] if BASE in by and method != BASE else []
+        middle = float(np.median(shares)) if shares else float("nan")
+        line.append("" if not shares else "never" if np.isinf(middle) else f"{middle:.2f}")
+        means = [np.mean([r[k] for r in found.values()]) for k in ("ratio_roots", "ratio_tree", "continuations")]
+        table.append([*line, *(f"{100 * m:.0f}" for m in means), f"{next(iter(found.values()))['step']:g}"])
     return table
 
 

@@ -35,6 +35,8 @@ class ChargeConfig:
     Attributes:
         cost_aware: Divide the gains of both stages by the expected tokens of a rollout. The budget still counts rollouts, so
             this is a heuristic; under a budget of tokens gain per token is the greedy rule, whatever this says.
+        cost_aware_roots: Whether `cost_aware` holds at roots, too. Where long tasks are the hard ones, gain per token prefers
+            easy prompts that hardly have any to prompts that are worth learning from; prefixes of one prompt have no such bias.
         token_budget: Expected generated tokens of a batch, roots and continuations together; `None` for no limit. The budget
             of rollouts holds as well, so set it above what the tokens buy. The first batch, before which no costs are known,
             is limited by rollouts alone.
@@ -50,6 +52,7 @@ class ChargeConfig:
     """
 
     cost_aware: bool = False
+    cost_aware_roots: bool = True
     token_budget: float | None = None
     reweight: str = "none"
     reweight_clip: float = 5.0
@@ -57,7 +60,7 @@ class ChargeConfig:
     weighting: str = "even"
 
     def __post_init__(self) -> None:
-        check_flags(cost_aware=self.cost_aware)
+        check_flags(cost_aware=self.cost_aware, cost_aware_roots=self.cost_aware_roots)
         check_numbers(reweight_clip=self.reweight_clip)
         check_whole(inclusion_draws=self.inclusion_draws)
         if self.token_budget is not None:
@@ -219,8 +222,9 @@ class Charges:
 
     def root_costs(self, candidates: Sequence[Tree]) -> FloatArray | None:
         """Returns the expected tokens of a root rollout of each candidate, float64 [n]; `None` if costs play no part."""
-        known = self._charging and self.costs.ready
-        return self.costs.predict(candidates, [t.root for t in candidates]) if known else None
+        config = self.config
+        asked = config.token_budget is not None or (config.cost_aware and config.cost_aware_roots)
+        return self.costs.predict(candidates, [t.root for t in candidates]) if asked and self.costs.ready else None
 
     def _charge(self, candidates: Sequence[Tree], counts: IntArray, cost: FloatArray | None) -> None:
         """Notes what root rollouts are expected to cost, and what continuations may therefore."""

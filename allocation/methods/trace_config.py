@@ -126,11 +126,12 @@ class TraceConfig(ChargeConfig):
 class TracePlusConfig(TraceConfig):
     """Settings of `TracePlusAllocator`: those of `TraceConfig` with other defaults; docs/methods.md says why each."""
 
-    root_value: str = "vip"
+    m_min: int = 8
+    root_value: str = "signal"
     cost_aware: bool = True
+    cost_aware_roots: bool = False
     continuations: float = 0.5
+    prefix_mode: str = "exact"
     prefix_belief: str = "posterior"
     cap_per_rollout: int | None = 4
-    tree_outcomes: bool = True
-    gate: float | None = 0.2
     kappa: float | None = None

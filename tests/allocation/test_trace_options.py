@@ -74,7 +74,7 @@ def test_the_defaults_of_trace_are_the_papers():
 def test_trace_plus_takes_its_own_settings_only():
     assert make_allocator("trace_plus").config == TracePlusConfig()
     ours = make_allocator("trace_plus", config=TracePlusConfig(continuations=1.5))
-    assert isinstance(ours, TracePlusAllocator) and ours.config.continuations == 1.5 and ours.gate is not None
+    assert isinstance(ours, TracePlusAllocator) and ours.config.continuations == 1.5 and ours.gate is None
     assert {f.name for f in fields(TracePlusConfig)} == {f.name for f in fields(TraceConfig)}
     with pytest.raises(ValueError, match=r"pass config=TracePlusConfig\(\.\.\.\), got TraceConfig"):
         make_allocator("trace_plus", config=TraceConfig())

@@ -14,6 +14,7 @@ from allocation.methods.predicted import PredictedAllocator
 from allocation.predictors import PREDICTORS
 
 BUDGET = 48
+WARM = 10  # batches after which every predictor is ready
 FEATURES = small_world().open(0).root.features.size
 EVERYTHING = {
     "cost_aware": True,
@@ -73,7 +74,7 @@ def test_a_method_goes_on_bit_for_bit_after_saving_and_loading(case, tmp_path):
     saved, fresh = made(world, case), made(world, case)
     if isinstance(saved, PredictedAllocator):
         saved.fallbacks += 3  # as if its predictor had failed
-    batches(world, saved, BUDGET, 4)
+    batches(world, saved, BUDGET, WARM)
     fresh.load_state_dict(through_disk(saved.state_dict(), tmp_path))
     assert memory(fresh) == memory(saved)
     one, other = ([], [])
@@ -89,7 +90,7 @@ def test_a_method_goes_on_bit_for_bit_after_saving_and_loading(case, tmp_path):
 def test_a_method_with_a_predictor_has_used_it_by_then(name):
     world = small_world("skewed")
     allocator = make_allocator("trace_plus", predictor=make_predictor(name, feature_dim=FEATURES, seed=3))
-    batches(world, allocator, BUDGET, 4)
+    batches(world, allocator, BUDGET, WARM)
     assert allocator.predictor.ready, "a predictor that is not ready shows nothing"
 
 
