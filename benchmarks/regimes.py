@@ -1,10 +1,10 @@
 """In which regimes does it pay to choose prompts, and to branch from prefixes? A learning problem that is known exactly.
 
-Runs of `benchmarks.reproduce` take minutes each and are noisy; here a policy in a table learns chains of shared skills
+Runs of `benchmarks.reproduce` take minutes each and are noisy; here a linear policy learns chains of shared skills
 (`benchmarks.regimes_world`) from outcomes alone, in a second or two, through the same allocators, trees and estimators. Values
 are told exactly (`--predictor told`), so that what is compared is allocation and not prediction; `--predictor hidden_state`
-learns them. Runs stop at equal numbers of turns, which stand for tokens; Adam's step size is chosen for each method and regime
-by seeds that are not reported. Reported is the exact chance of success over the pool.
+learns them. Runs stop at equal numbers of turns, which stand for tokens; Adam's step size falls to zero over a run and is chosen for
+each method and regime by seeds that are not reported. Reported is the exact chance of success over the pool.
 
     python -m benchmarks.regimes --quick
     python -m benchmarks.regimes
@@ -111,11 +111,11 @@ def allocator_of(run: Run, world: SkillWorld) -> Allocator:
 
 
 def gradient(world: SkillWorld, forest: Forest, settings: Mapping[str, Any]) -> np.ndarray:
-    """Returns the policy gradient of a forest, float64 [skills, ACTIONS]."""
+    """Returns the policy gradient of a forest, float64 [DIM, ACTIONS]."""
     table = ForestTable.of(forest)
     credit = estimate(table, settings["estimator"], CreditConfig(advantage_std=settings.get("advantage_std", False)))
     weights = edge_coefficients(table, credit, "prompt") * credit.advantage
-    found, row = np.zeros_like(world.logits), 0
+    found, row = np.zeros_like(world.policy), 0
     for tree in table.trees:
         for node in tree.nodes:
             if weights[row] and node.depth:
@@ -123,7 +123,7 @@ def gradient(world: SkillWorld, forest: Forest, settings: Mapping[str, Any]) -> 
                 found[skill] -= weights[row] * world.policy[skill]
                 found[skill, node.action] += weights[row]
             row += 1
-    return found
+    return world.features.T @ found
 
 
 class Adam:
@@ -146,12 +146,12 @@ def train(run: Run) -> dict[str, Any]:
     """Returns the row of a run."""
     world = SkillWorld(REGIMES[run.regime], run.seed, exact=run.predictor == "told")
     allocator, settings = allocator_of(run, world), METHODS[run.method].settings
-    optimizer = Adam(world.logits.shape, run.step)
+    optimizer = Adam(world.weights.shape, run.step)
     turns, rollouts, updates = [0], 0, 0
     curve, ratios, continuations = [world.success], [], 0
     while turns[-1] < run.turns:
         forest = replay(world, allocator, run.budget, np.random.default_rng([run.seed, updates]))
-        world.logits += optimizer(gradient(world, forest, settings))
+        world.weights += (1 - turns[-1] / run.turns) * optimizer(gradient(world, forest, settings))
         allocator.update(forest)
         world.refresh()
         updates += 1

@@ -1,9 +1,11 @@
-"""A learning problem that is small enough to be known exactly: prompts are chains of skills, and the policy is a table.
+"""A learning problem that is small enough to be known exactly: prompts are chains of skills, and the policy is linear.
 
-A prompt is a sequence of skills; at each turn the policy picks one of `ACTIONS` actions for the next skill, and only the first
+A prompt is a sequence of skills; at each turn the policy picks one of `ACTIONS` actions for the next skill, and only one
 is right. A wrong one is mended by the environment with the chance `recover` (a search that finds the passage all the same); if
 not, the chain is lost, and the rollout goes on to its end without knowing. Outcomes come at the end alone. Skills are shared by
-all prompts, as abilities are: what is learned in short chains helps in long ones.
+all prompts, as abilities are: what is learned in short chains helps in long ones. The policy knows a skill by `DIM` features,
+fewer than there are skills, so that a step for one disturbs the others, as in a network: without that, no step would be too long
+and noise would cost nothing.
 
 Invariant: the value of a prefix is the product of the chances of its remaining skills, 0 if it is lost; it is exact.
 """
@@ -21,7 +23,7 @@ from allocation.sample import Sample
 from allocation.scheduler import Job
 from allocation.tree import Node, Tree
 
-ACTIONS = 8
+ACTIONS, DIM = 8, 32
 _CLIP = 1e-4
 
 
@@ -76,7 +78,10 @@ class SkillWorld:
         exact: Whether the hidden state is the true value (for `Told`), not what remains to be done.
 
     Attributes:
-        logits: The policy, float64 [skills, ACTIONS]; call `refresh` after a change.
+        weights: The policy's parameters, float64 [DIM, ACTIONS]; call `refresh` after a change.
+        features: What it knows skills by, unit vectors, float64 [skills, DIM].
+        right: The right action of each skill, int64 [skills].
+        policy: Chances of the actions, float64 [skills, ACTIONS].
     """
 
     def __init__(self, regime: Regime, seed: int, prompts: int = 400, exact: bool = True):
@@ -85,8 +90,12 @@ class SkillWorld:
         chances = np.concatenate([np.full(n, p) for n, p in regime.skills])
         edges = np.cumsum([0, *(n for n, _ in regime.skills)])
         groups = [np.arange(a, b) for a, b in pairwise(edges)]
-        self.logits = np.zeros((len(chances), ACTIONS))
-        self.logits[:, 0] = np.log(chances * (ACTIONS - 1) / (1 - chances))
+        self.right = rng.integers(ACTIONS, size=len(chances))
+        self._start = np.zeros((len(chances), ACTIONS))
+        self._start[np.arange(len(chances)), self.right] = np.log(chances * (ACTIONS - 1) / (1 - chances))
+        self.features = rng.standard_normal((len(chances), DIM))
+        self.features /= np.linalg.norm(self.features, axis=1, keepdims=True)
+        self.weights = np.zeros((DIM, ACTIONS))
         self.chains: list[np.ndarray] = []
         for share, fewest, most, kinds in regime.chains:
             known = np.concatenate([groups[k] for k in kinds])
@@ -95,17 +104,19 @@ class SkillWorld:
                 musts = [rng.choice(groups[k]) for k in kinds]
                 length = max(int(rng.integers(fewest, most + 1)), len(musts))
                 self.chains.append(rng.permutation([*musts, *rng.choice(known, length - len(musts))]))
-        self.feature_dim = 1 if exact else len(chances) + 1
+        self.feature_dim = 1 if exact else len(chances) + 1  # of the hidden state
         self.refresh()
 
     def refresh(self) -> None:
-        """Takes over changed logits."""
-        shifted = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
+        """Takes over changed weights."""
+        logits = self._start + self.features @ self.weights
+        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
         self.policy = shifted / shifted.sum(axis=1, keepdims=True)
         self._cumulative = self.policy.cumsum(axis=1)
         self._entropy = -(self.policy * np.log(np.maximum(self.policy, 1e-300))).sum(axis=1)
-        step = self.policy[:, 0] + (1 - self.policy[:, 0]) * self.regime.recover
-        self._ahead = [np.append(step[c][::-1].cumprod()[::-1], 1.0) for c in self.chains]
+        hit = self.policy[np.arange(len(self.right)), self.right]
+        self._step = hit + (1 - hit) * self.regime.recover
+        self._ahead = [np.append(self._step[c][::-1].cumprod()[::-1], 1.0) for c in self.chains]
 
     @property
     def success(self) -> float:
@@ -130,7 +141,7 @@ class SkillWorld:
         while True:
             skill = chain[node.depth]
             action = min(int(np.searchsorted(self._cumulative[skill], rng.random(), side="right")), ACTIONS - 1)
-            lost = lost or (action > 0 and rng.random() >= self.regime.recover)
+            lost = lost or (action != self.right[skill] and rng.random() >= self.regime.recover)
             logprob = np.log(self.policy[skill, action : action + 1]).astype(np.float32)
             entropy = float(self._entropy[skill])
             sample = Sample("", np.array([action]), logprob, nothing, node.features, entropy=entropy)
@@ -158,17 +169,13 @@ class SkillWorld:
         chain = self.chains[tree.info["prompt"]]
         if self.exact:
             # What can be known: if losses do not show, the value is that of what has probably happened.
-            value = self.value(tree, node) if self.regime.visible else self._believed(chain, node.depth)
+            value = self.value(tree, node) if self.regime.visible else float(self._ahead[tree.info["prompt"]][0])
             node.features = np.array([value], dtype=np.float32)
         else:
             features = np.zeros(self.feature_dim, dtype=np.float32)
             np.add.at(features, chain[node.depth :], 1.0)
             features[-1] = float(lost and self.regime.visible)
             node.features = features
-
-    def _believed(self, chain: np.ndarray, depth: int) -> float:
-        step = self.policy[chain, 0] + (1 - self.policy[chain, 0]) * self.regime.recover
-        return float(step.prod()) if depth < len(chain) else 0.0
 
 
 class Told:

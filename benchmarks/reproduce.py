@@ -54,6 +54,9 @@ class Args:
             of the environment, so give one environment only.
         updates: Policy updates of a run.
         budget: Rollouts of each update.
+        points: Evaluations on the way, besides those at the two ends.
+        per_level: Tasks of each level in those.
+        final_per_level: Tasks of each level in the evaluations of the last three checkpoints.
         jobs: Runs side by side, one thread each; 0 for one to each core.
         tune: Choose step sizes instead of comparing.
         quick: Three methods, two seeds, a few small updates, and no files: under five minutes.
@@ -69,6 +72,9 @@ class Args:
     warm_starts: tuple[str, ...] = ()
     updates: int = 110
     budget: int = 128
+    points: int = 10
+    per_level: int = 50
+    final_per_level: int = 300
     jobs: int = 0
     tune: bool = False
     quick: bool = False
@@ -87,9 +93,14 @@ class Args:
                     raise ValueError(f"unknown name {name!r}; known: {', '.join(known)}")
         if self.warm_starts and len(self.worlds) > 1:
             raise ValueError("warm_starts are of one environment: give --worlds with one name")
-        for name in ("seeds", "updates", "budget"):
+        for name in ("seeds", "updates", "budget", "points", "per_level", "final_per_level"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def size(self) -> Size:
+        """How large a run is."""
+        return Size(**{name: getattr(self, name) for name in Size.__dataclass_fields__ if hasattr(self, name)})
 
     @property
     def all_methods(self) -> list[str]:
@@ -116,7 +127,7 @@ def run_all(todo: Sequence[Cell], args: Args, console: Console) -> list[dict[str
 
 def tune(args: Args, console: Console) -> None:
     """Chooses the step size of each method: the best mean accuracy on the validation split."""
-    size = Size(updates=args.updates, budget=args.budget, last=1, final_per_level=100)
+    size = replace(args.size, last=1)
     todo = [
         Cell(world, args.pools[0], method, seed, step, "validation", size)
         for seed in TUNING_SEEDS
@@ -224,7 +235,7 @@ def main(args: Args) -> bool:
             console.print(f"there are no results in {rows_file}: run python -m benchmarks.reproduce first")
             return False
         return report([json.loads(line) for line in rows_file.read_text().splitlines()], console)
-    size = Size(updates=args.updates, budget=args.budget)
+    size = args.size
     todo = list(
         cells(args.worlds, args.pools, args.all_methods, range(args.seeds), tuned(args.output), split="test", size=size)
     )

@@ -260,9 +260,9 @@ class TraceAllocator(PredictedAllocator):
 class TracePlusAllocator(TraceAllocator):
     """`trace_plus` (this project): TRACE's two stages, tuned for gradient signal per token, not for mixed groups.
 
-    The same code as `trace` with other settings (`TracePlusConfig`): prompts by the expected variance of their outcomes
-    (`signal`) per expected token, in groups of eight and more, under beliefs that count earlier outcomes; a continuation for
-    every other root rollout, from the prefixes of the most open value per expected token, whatever the rollout's own outcome.
+    The same code as `trace` with other settings (`TracePlusConfig`): prompts by the fall of the gradient's variance (`vip`)
+    under beliefs that count earlier outcomes; a continuation for every other root rollout, from the prefixes of the most open
+    value per expected token, whatever the rollout's own outcome.
 
     Source: docs/algorithm.md section 7; docs/methods.md says what each setting is worth in the arena.
 

@@ -126,8 +126,7 @@ class TraceConfig(ChargeConfig):
 class TracePlusConfig(TraceConfig):
     """Settings of `TracePlusAllocator`: those of `TraceConfig` with other defaults; docs/methods.md says why each."""
 
-    m_min: int = 8
-    root_value: str = "signal"
+    root_value: str = "vip"
     cost_aware: bool = True
     cost_aware_roots: bool = False
     continuations: float = 0.5
