@@ -3,8 +3,8 @@
 Runs of `benchmarks.reproduce` take minutes each and are noisy; here a linear policy learns chains of shared skills
 (`benchmarks.regimes_world`) from outcomes alone, in a second or two, through the same allocators, trees and estimators. Values
 are told exactly (`--predictor told`), so that what is compared is allocation and not prediction; `--predictor hidden_state`
-learns them. Runs stop at equal numbers of turns, which stand for tokens; Adam's step size falls to zero over a run and is chosen for
-each method and regime by seeds that are not reported. Reported is the exact chance of success over the pool.
+learns them. Runs stop at equal numbers of turns, which stand for tokens; Adam's step size falls to zero over a run and is
+chosen for each method and regime by seeds that are not reported. Reported is the exact chance of success over the pool.
 
     python -m benchmarks.regimes --quick
     python -m benchmarks.regimes
@@ -41,7 +41,7 @@ from benchmarks.regimes_world import REGIMES, SkillWorld, Told
 from benchmarks.reproduce_grid import METHODS
 from benchmarks.reproduce_tables import Interval, interval
 
-STEPS = (0.1, 0.2, 0.4)
+STEPS = (0.15, 0.3, 0.6, 1.2)
 TUNING_SEEDS = (900, 901)
 BASE = "grpo"
 POINTS = 20

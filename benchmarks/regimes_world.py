@@ -4,8 +4,8 @@ A prompt is a sequence of skills; at each turn the policy picks one of `ACTIONS`
 is right. A wrong one is mended by the environment with the chance `recover` (a search that finds the passage all the same); if
 not, the chain is lost, and the rollout goes on to its end without knowing. Outcomes come at the end alone. Skills are shared by
 all prompts, as abilities are: what is learned in short chains helps in long ones. The policy knows a skill by `DIM` features,
-fewer than there are skills, so that a step for one disturbs the others, as in a network: without that, no step would be too long
-and noise would cost nothing.
+fewer than there are skills, so that a step for one disturbs the others, as in a network: without that, no step would be too
+long and noise would cost nothing.
 
 Invariant: the value of a prefix is the product of the chances of its remaining skills, 0 if it is lost; it is exact.
 """

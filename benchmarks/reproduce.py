@@ -56,7 +56,8 @@ class Args:
         budget: Rollouts of each update.
         points: Evaluations on the way, besides those at the two ends.
         per_level: Tasks of each level in those.
-        final_per_level: Tasks of each level in the evaluations of the last three checkpoints.
+        final_per_level: Tasks of each level in the evaluations at the end.
+        last: Checkpoints that are evaluated at the end, the last ones; accuracy is their mean.
         jobs: Runs side by side, one thread each; 0 for one to each core.
         tune: Choose step sizes instead of comparing.
         quick: Three methods, two seeds, a few small updates, and no files: under five minutes.
@@ -75,6 +76,7 @@ class Args:
     points: int = 10
     per_level: int = 50
     final_per_level: int = 300
+    last: int = 3
     jobs: int = 0
     tune: bool = False
     quick: bool = False
@@ -93,14 +95,14 @@ class Args:
                     raise ValueError(f"unknown name {name!r}; known: {', '.join(known)}")
         if self.warm_starts and len(self.worlds) > 1:
             raise ValueError("warm_starts are of one environment: give --worlds with one name")
-        for name in ("seeds", "updates", "budget", "points", "per_level", "final_per_level"):
+        for name in ("seeds", "updates", "budget", "points", "per_level", "final_per_level", "last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def size(self) -> Size:
         """How large a run is."""
-        return Size(**{name: getattr(self, name) for name in Size.__dataclass_fields__ if hasattr(self, name)})
+        return Size(self.updates, self.budget, self.points, self.per_level, self.final_per_level, self.last)
 
     @property
     def all_methods(self) -> list[str]:

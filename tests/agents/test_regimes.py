@@ -19,7 +19,7 @@ def enumerated(world, prompt):
     chain, total = world.chains[prompt], 0.0
     for actions in product(range(ACTIONS), repeat=len(chain)):
         chance = np.prod([world.policy[s, a] for s, a in zip(chain, actions, strict=True)])
-        total += chance * world.regime.recover ** sum(a > 0 for a in actions)
+        total += chance * world.regime.recover ** sum(a != world.right[s] for s, a in zip(chain, actions, strict=True))
     return total
 
 
@@ -47,13 +47,13 @@ def test_rollouts_succeed_as_often_as_values_say_and_lost_chains_never():
 
 def test_the_gradient_points_where_success_rises():
     world = SkillWorld(SMALL, seed=3, prompts=6)
-    exact = np.zeros_like(world.logits)
-    for index in np.ndindex(*world.logits.shape):
+    exact = np.zeros_like(world.weights)
+    for index in np.ndindex(*world.weights.shape):
         for sign in (1, -1):
-            world.logits[index] += sign * 1e-5
+            world.weights[index] += sign * 1e-5
             world.refresh()
             exact[index] += sign * world.success / 2e-5
-            world.logits[index] -= sign * 1e-5
+            world.weights[index] -= sign * 1e-5
     world.refresh()
     settings = {"estimator": "grpo"}
     forests = (replay(world, UniformAllocator(8), 48, np.random.default_rng(i)) for i in range(400))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 from hypothesis import given
@@ -102,12 +102,9 @@ def test_mistakes_are_named(arguments, message):
 
 @pytest.mark.slow
 def test_runs_are_done_once_and_reported(tmp_path, monkeypatch):
-    size = Size(updates=2, budget=16, points=1, per_level=1, final_per_level=2, last=2)
-    monkeypatch.setattr(
-        reproduce, "Size", lambda **given: replace(size, **{k: given[k] for k in ("updates", "budget")})
-    )
+    size = {"updates": 2, "budget": 16, "points": 1, "per_level": 1, "final_per_level": 2, "last": 2}
     args = reproduce.Args(
-        worlds=("math",), methods=("grpo", "tree_grpo"), seeds=2, updates=2, budget=16,
+        worlds=("math",), methods=("grpo", "tree_grpo"), seeds=2, **size,
         runs=tmp_path / "runs", output=tmp_path / "results",
     )  # fmt: skip
     reproduce.main(args)
