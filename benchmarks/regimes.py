@@ -33,7 +33,6 @@ from allocation import make_allocator, make_predictor
 from allocation.allocators import Allocator
 from allocation.arena.worlds import replay
 from allocation.forest_table import ForestTable
-from allocation.methods.trace_config import TraceConfig, TracePlusConfig
 from allocation.tree import Forest
 from benchmarks import commit, config_of, versions
 from benchmarks.arena_show import markdown, print_table
@@ -65,8 +64,9 @@ class Args:
 
     regimes: tuple[str, ...] = ()
     methods: tuple[str, ...] = (
-        "grpo", "pcl", "mopps", "vip", "treepo", "tree_grpo", "arpo", "trace", "trace_roots", "trace_prefixes", "trace_plus",
-    )  # fmt: skip
+        *("grpo", "pcl", "mopps", "vip", "treepo", "tree_grpo", "arpo", "trace", "trace_roots"),
+        *("trace_plus", "trace_plus_roots", "trace_plus_prefixes"),
+    )
     seeds: int = 12
     turns: int = 6_000
     budget: int = 64

@@ -13,7 +13,7 @@ from typing import Any
 
 from agents.config import EnvConfig, TrainConfig
 from agents.models import TINY, env_settings, shipped_for
-from allocation.methods.trace_config import TraceConfig
+from allocation.methods.trace_config import TraceConfig, TracePlusConfig
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ def _trace(what: str, **settings: Any) -> Method:
     return Method({"allocator": "trace", "estimator": "tree", "trace": TraceConfig(**settings)}, what)
 
 
+def _ours(what: str, **settings: Any) -> Method:
+    return Method({"allocator": "trace_plus", "estimator": "tree", "trace_plus": TracePlusConfig(**settings)}, what)
+
+
 METHODS: Mapping[str, Method] = {
     "grpo": _groups("grpo", "uniform groups of 8, divided by the group's standard deviation"),
     "grpo_4": _groups("grpo", "the same with groups of 4", 4),
@@ -52,12 +56,17 @@ METHODS: Mapping[str, Method] = {
     "trace_roots": _trace("TRACE without its prefix stage", continuations=0.0),
     "trace_prefixes": _trace("TRACE at random prompts", root_value="uniform", pool_factor=1.0),
     "trace_neither": _trace("random prompts, no prefixes", root_value="uniform", pool_factor=1.0, continuations=0.0),
-    "trace_plus": Method({"allocator": "trace_plus", "estimator": "tree"}, "ours"),
+    "trace_plus": _ours("ours"),
+    "trace_plus_roots": _ours("ours without its prefix stage", continuations=0.0),
+    "trace_plus_prefixes": _ours("ours at random prompts", root_value="uniform", pool_factor=1.0),
 }
 """By name; `warm_start`, which learns nothing, is the first evaluation of any of them."""
 
 MAIN = ("grpo", "grpo_4", "dapo", "pcl", "mopps", "vip", "treepo", "tree_grpo", "arpo", "trace", "trace_plus")
-ABLATION = ("grpo", "trace_neither", "trace_prefixes", "trace_roots", "trace")
+ABLATION = (
+    *("grpo", "trace_neither", "trace_prefixes", "trace_roots", "trace"),
+    *("trace_plus_prefixes", "trace_plus_roots", "trace_plus"),
+)
 
 
 @dataclass(frozen=True)
