@@ -103,11 +103,8 @@ def allocator_of(run: Run, world: SkillWorld) -> Allocator:
         if run.predictor == "told"
         else make_predictor(run.predictor, feature_dim=world.feature_dim, seed=run.seed)
     )
-    name = settings["allocator"]
-    config: TraceConfig | None = settings.get(name) or {"trace": TraceConfig(), "trace_plus": TracePlusConfig()}.get(
-        name
-    )
-    return make_allocator(name, predictor=predictor, group_size=settings.get("group_size", 8), config=config)
+    name, group_size = settings["allocator"], settings.get("group_size", 8)
+    return make_allocator(name, predictor=predictor, group_size=group_size, config=settings.get(name))
 
 
 def gradient(world: SkillWorld, forest: Forest, settings: Mapping[str, Any]) -> np.ndarray:
