@@ -99,10 +99,11 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
         records.append({"method": "warm start", "seeds": len(starts), "accuracy": interval(list(starts.values()))})
     for name, found in methods.items():
         shared = sorted(set(found) & set(base))
-        savings = []
+        savings: dict[str, list[float]] = {"tokens": [], "rollouts": []}
         for seed in shared:
             wanted = base[seed]["curve"][-1]["accuracy"]
-            savings.append(first_at(found[seed], wanted, "tokens") / max(base[seed]["tokens"], 1))
+            for what, parts in savings.items():
+                parts.append(first_at(found[seed], wanted, what) / max(base[seed][what], 1))
         seeds = sorted(found)
         records.append(
             {
@@ -118,7 +119,7 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "ratio_roots": interval([found[s]["ratio_roots"] for s in seeds]),
                 "ratio_tree": interval([found[s]["ratio_tree"] for s in seeds]),
                 "tokens": interval([found[s]["tokens"] for s in seeds]),
-                "tokens_to_base": float(np.median(savings)) if savings else float("nan"),
+                **{f"{what}_to_base": float(np.median(p)) if p else float("nan") for what, p in savings.items()},
             }
         )
     return records
@@ -140,6 +141,7 @@ HEAD = [
     "ratio trees, %",
     "tokens, k",
     "tokens to grpo's end",
+    "rollouts to it",
 ]
 
 
@@ -156,8 +158,10 @@ def _line(record: Mapping[str, Any]) -> list[str]:
         text = f"{factor * value.mean:.1f}"
         return text if value.count < 2 else f"{text} [{factor * value.low:.1f}, {factor * value.high:.1f}]"
 
-    ratio = record.get("tokens_to_base", float("nan"))
-    reached = "" if np.isnan(ratio) or record["method"] == BASE else "never" if np.isinf(ratio) else f"{ratio:.2f}"
+    def reached(what: str) -> str:
+        ratio = record.get(f"{what}_to_base", float("nan"))
+        return "" if np.isnan(ratio) or record["method"] == BASE else "never" if np.isinf(ratio) else f"{ratio:.2f}"
+
     return [
         record["method"],
         str(record["seeds"]),
@@ -168,7 +172,8 @@ def _line(record: Mapping[str, Any]) -> list[str]:
         shown("ratio_roots"),
         shown("ratio_tree"),
         shown("tokens", 1e-3),
-        reached,
+        reached("tokens"),
+        reached("rollouts"),
     ]
 
 

@@ -18,7 +18,14 @@ from benchmarks.reproduce_tables import at_tokens, first_at, interval, paired, s
 def row(method, seed, accuracies, tokens=1000, **more):
     points = [{"update": i, "rollouts": 10 * i, "tokens": tokens * i, "accuracy": a} for i, a in enumerate(accuracies)]
     figures = {"accuracy": accuracies[-1], "accuracy_by_pool": accuracies[-1], "ratio_roots": 0.3, "ratio_tree": 0.4}
-    end = {"tokens": tokens * (len(accuracies) - 1), "warm_accuracy": accuracies[0], "model": "tiny", "curve": points}
+    last = len(accuracies) - 1
+    end = {
+        "tokens": tokens * last,
+        "rollouts": 10 * last,
+        "warm_accuracy": accuracies[0],
+        "model": "tiny",
+        "curve": points,
+    }
     what = {"world": "math", "pool": "balanced", "split": "test", "size": vars(QUICK), "method": method, "seed": seed}
     return {**what, **figures, **end, **more}
 
