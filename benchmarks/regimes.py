@@ -236,6 +236,21 @@ def cells(rows: Sequence[Mapping[str, Any]], regime: str) -> list[list[str]]:
     return table
 
 
+def tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[list[str]]]]:
+    """Returns a title and cells for each regime."""
+    return [(f"{name}: {REGIMES[name].what}", cells(rows, name)) for name in dict.fromkeys(r["regime"] for r in rows)]
+
+
+def merged(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Writes rows to a file in the place of those of the same regimes and methods; returns all, in the order of the grid."""
+    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    new = {(row["regime"], row["method"]) for row in rows}
+    found = [row for row in known if (row["regime"], row["method"]) not in new] + list(rows)
+    found.sort(key=lambda r: (list(REGIMES).index(r["regime"]), list(METHODS).index(r["method"]), r["seed"]))
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return found
+
+
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws success over turns, means over seeds, one panel for each regime."""
     regimes = list(dict.fromkeys(row["regime"] for row in rows))
@@ -264,18 +279,15 @@ def main(args: Args) -> None:
         methods = ("grpo", "pcl", "trace_plus")
         args = replace(args, regimes=("skewed", "sparse"), methods=methods, seeds=2, turns=3000)
     rows = compare(args, console)
-    text = []
-    for regime in dict.fromkeys(row["regime"] for row in rows):
-        title = f"{regime}: {REGIMES[regime].what}"
-        print_table(console, title, cells(rows, regime))
-        text.append(markdown(title, cells(rows, regime)))
     if not args.quick:
         name = "regimes" if args.predictor == "told" else f"regimes_{args.predictor}"
         args.output.mkdir(parents=True, exist_ok=True)
         shared = {"config": config_of(args), "versions": versions("numpy"), "commit": commit()}
-        (args.output / f"{name}.jsonl").write_text("".join(json.dumps(row | shared) + "\n" for row in rows))
-        (args.output / f"{name}.md").write_text("\n".join(text))
+        rows = merged(args.output / f"{name}.jsonl", [row | shared for row in rows])
+        (args.output / f"{name}.md").write_text("\n".join(markdown(title, table) for title, table in tables(rows)))
         draw(rows, args.output / f"{name}.png")
+    for title, table in tables(rows):
+        print_table(console, title, table)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ class TraceConfig(ChargeConfig):
 class TracePlusConfig(TraceConfig):
     """Settings of `TracePlusAllocator`: those of `TraceConfig` with other defaults; docs/methods.md says why each."""
 
+    pool_factor: float = 3.0
     root_value: str = "vip"
     cost_aware: bool = True
     cost_aware_roots: bool = False
