@@ -262,7 +262,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for i, method in enumerate(dict.fromkeys(row["method"] for row in chosen)):
             curves = [row["curve"] for row in chosen if row["method"] == method]
             at = np.linspace(0, chosen[0]["turns"], len(curves[0])) / 1e3
-            axis.plot(at, 100 * np.mean(curves, axis=0), label=method, color=plt.get_cmap("tab20")(i))
+            width = 3 if method == "trace_plus" else 1.5
+            axis.plot(at, 100 * np.mean(curves, axis=0), label=method, color=plt.get_cmap("tab20")(i), linewidth=width)
         axis.set(title=regime, xlabel="turns, thousands", ylabel="success, %")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)

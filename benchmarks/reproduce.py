@@ -173,18 +173,21 @@ def verdicts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
         return []
     ratio = ours["ratio_tree"].mean / max(named[BASE]["ratio_tree"].mean, 1e-9)
     gain = ours["gain"]
+    bounds = "" if np.isnan(gain.low) else f"[{100 * gain.low:.1f}, {100 * gain.high:.1f}]"
+    part = ours["tokens_to_base"]
+    reached = "is not reached by half of the seeds" if np.isinf(part) else f"with {part:.2f} of its tokens"
     rivals = [
         r["accuracy"].mean for name, r in named.items() if name not in (ours["method"], "trace_roots", "warm start")
     ]
     return [
         (f"effective ratio {ratio:.2f} times that of {BASE} (bar {RATIO_BAR})", ratio >= RATIO_BAR),
         (
-            f"accuracy {100 * gain.mean:+.1f} points [{100 * gain.low:.1f}, {100 * gain.high:.1f}] over {BASE} "
+            f"accuracy {100 * gain.mean:+.1f} points {bounds} over {BASE}, {gain.count} seeds "
             f"(bar +{100 * GAIN_BAR:.1f}, interval above 0)",
             gain.mean >= GAIN_BAR and gain.low > 0,
         ),
         (
-            f"{BASE}'s final accuracy with {ours['tokens_to_base']:.2f} of its tokens (bar {TOKENS_BAR})",
+            f"{BASE}'s final accuracy {reached} (bar {TOKENS_BAR})",
             ours["tokens_to_base"] <= TOKENS_BAR,
         ),
         ("ahead of every baseline", all(ours["accuracy"].mean > rival for rival in rivals)),

@@ -58,9 +58,11 @@ def draw_budgets(rows: Sequence[Row], path: Path) -> None:
                 axis.set_yticks(range(len(names)), names, fontsize=6)
                 axis.set_xticks([])
                 axis.set_title(method, fontsize=8)
+            if not kind:
+                strip[0].set_title(f"{title}\n", fontsize=8, loc="left")
             for axis in strip[len(by_method(chosen)) :]:
                 axis.axis("off")
-            strip[0].set_ylabel(f"{title}\n{what}", fontsize=7)
+            strip[0].set_ylabel(what, fontsize=8)
             figure.colorbar(drawn, ax=strip, label="rollouts, %")
     figure.savefig(path, dpi=110)
     plt.close(figure)

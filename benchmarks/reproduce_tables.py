@@ -23,7 +23,7 @@ BASE = "grpo"
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean over seeds with its 95 % bootstrap interval; no interval (NaN) for fewer than two seeds."""
+    """A mean over seeds with its 95 % bootstrap interval; no interval (NaN) for fewer than three seeds."""
 
     mean: float
     low: float
@@ -34,7 +34,7 @@ class Interval:
 def interval(values: Sequence[float], seed: int = 0) -> Interval:
     """Returns the mean of values, one for each seed, with its percentile bootstrap interval."""
     x = np.asarray(values, dtype=float)
-    if len(x) < 2:
+    if len(x) < 3:
         return Interval(float(x.mean()) if len(x) else float("nan"), float("nan"), float("nan"), len(x))
     picks = np.random.default_rng(seed).integers(len(x), size=(RESAMPLES, len(x)))
     low, high = np.percentile(x[picks].mean(axis=1), [2.5, 97.5])
@@ -156,7 +156,7 @@ def _line(record: Mapping[str, Any]) -> list[str]:
         if value is None or not value.count:
             return ""
         text = f"{factor * value.mean:.1f}"
-        return text if value.count < 2 else f"{text} [{factor * value.low:.1f}, {factor * value.high:.1f}]"
+        return text if np.isnan(value.low) else f"{text} [{factor * value.low:.1f}, {factor * value.high:.1f}]"
 
     def reached(what: str) -> str:
         ratio = record.get(f"{what}_to_base", float("nan"))

@@ -12,7 +12,7 @@ from rich.console import Console
 from agents.config import TrainConfig
 from benchmarks import reproduce, reproduce_runs
 from benchmarks.reproduce_grid import METHODS, QUICK, WORLDS, Cell, Size, cells
-from benchmarks.reproduce_tables import at_tokens, first_at, interval, paired, summary
+from benchmarks.reproduce_tables import at_tokens, comparisons, first_at, interval, paired, summary
 
 
 def row(method, seed, accuracies, tokens=1000, **more):
@@ -31,13 +31,13 @@ def row(method, seed, accuracies, tokens=1000, **more):
 
 
 def test_an_interval_is_of_seeds():
-    assert interval([0.5]).mean == 0.5 and math.isnan(interval([0.5]).low)
+    assert interval([0.5]).mean == 0.5 and math.isnan(interval([0.5]).low) and math.isnan(interval([0.5, 0.6]).high)
     found = interval([0.1, 0.2, 0.3, 0.4])
     assert found.low < 0.25 < found.high and found.mean == pytest.approx(0.25) and found.count == 4
     assert interval([0.2] * 5).low == interval([0.2] * 5).high == pytest.approx(0.2)
 
 
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=9), st.floats(-0.3, 0.3))
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=9), st.floats(-0.3, 0.3))
 def test_what_seeds_share_drops_out_of_differences(base, shift):
     one = {s: row("pcl", s, [0.0, a + shift]) for s, a in enumerate(base)}
     other = {s: row("grpo", s, [0.0, a]) for s, a in enumerate(base)}
@@ -131,3 +131,16 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(tmp_path, capsys):
     rows = reproduce.run_all(todo, reproduce.Args(worlds=("math",), runs=tmp_path), Console(width=200))
     assert [r["method"] for r in rows] == ["grpo"]
     assert "math-balanced-nonsense-0" in capsys.readouterr().out
+
+
+def test_where_the_budget_went():
+    records = [{"budget/by_level/1": 6, "budget/by_level/2": 2, "other": 9}] * 5 + [{"budget/by_level/2": 8}] * 5
+    found = reproduce_runs.budget_by(records, "budget/by_level/")
+    assert found == {"1": [0.75] * 5 + [0.0] * 5, "2": [0.25] * 5 + [1.0] * 5}
+    assert reproduce_runs.budget_by([{}], "budget/by_level/") == {}
+
+
+def test_runs_of_other_sizes_are_no_part_of_a_comparison():
+    small, large = row("grpo", 0, [0.2, 0.4]), row("grpo", 0, [0.2, 0.5], size=vars(Size()))
+    found = comparisons([small, large, row("pcl", 0, [0.2, 0.3])])
+    assert [len(rows) for rows in found.values()] == [2, 1] and all("math, balanced pool" in title for title in found)
