@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import tempfile
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,19 @@ from typing import Any
 def config_of(args: Any) -> dict[str, Any]:
     """Returns the settings of a benchmark (a dataclass) as plain data, to stand beside its results."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+
+
+RESULTS = Path("results")
+_SMALL: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def results_folder(output: Path, quick: bool) -> Path:
+    """Returns where results go: those of a small run, unless it names another folder, not in the place of the real ones."""
+    if not quick or output != RESULTS:
+        output.mkdir(parents=True, exist_ok=True)
+        return output
+    _SMALL.append(tempfile.TemporaryDirectory(prefix="trace-envs-small-"))  # goes when the process ends
+    return Path(_SMALL[-1].name)
 
 
 def data_folder() -> Path:

@@ -44,7 +44,7 @@ from allocation.arena.worlds import replay
 from allocation.contrast import ROOT_VALUES
 from allocation.prefixes import allocate_prefixes
 from allocation.roots import plan_roots
-from benchmarks import config_of, versions
+from benchmarks import config_of, results_folder, versions
 from benchmarks.allocation_exact import prefix_rows, root_rows
 from benchmarks.arena_show import markdown, print_table
 
@@ -316,7 +316,7 @@ def main(args: Args) -> int:
         args = replace(args, prompts=1024, updates=4, warmup=2, most=100_000, most_trees=10_000)
     torch.set_num_threads(1)
     rows = [*objective(args), *share(args), *growth(args)]
-    args.output.mkdir(parents=True, exist_ok=True)
+    args = replace(args, output=results_folder(args.output, args.quick))
     shared = {"config": config_of(args), "versions": versions("numpy", "torch")}
     with (args.output / "allocation_scale.jsonl").open("w") as file:
         file.writelines(json.dumps(row | shared) + "\n" for row in rows)

@@ -41,7 +41,7 @@ from rich.progress import track
 from allocation.allocators import METHODS
 from allocation.arena.dense import DenseForest
 from allocation.arena.recorded import RecordedWorld
-from benchmarks import arena_show, config_of
+from benchmarks import arena_show, config_of, results_folder
 from benchmarks.arena_check import bars
 from benchmarks.arena_runs import Protocol, estimator_of, make, parse, run
 from benchmarks.arena_show import Result
@@ -190,7 +190,7 @@ def main(args: Args) -> bool:
         raise FileNotFoundError(f"no recording in {RECORDINGS}; make one with python -m benchmarks.record_dense")
     results = compare(args, paths)
     console, page = Console(width=None if sys.stdout.isatty() else 240), ["# Arena", ""]
-    args.output.mkdir(parents=True, exist_ok=True)
+    args = replace(args, output=results_folder(args.output, args.quick))
     shared = {
         "config": config_of(args) | {"worlds": [path.name for path in paths]},
         "numpy": np.__version__,

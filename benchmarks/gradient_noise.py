@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from agents.models import load_model
 from agents.policies import TransformersPolicy, collect
 from agents.tasks import TaskDeck
 from allocation import HiddenStatePredictor, TreeAllocationWrapper, make_allocator
-from benchmarks import config_of
+from benchmarks import config_of, results_folder
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def main(args: Args) -> None:
         parts = name.split(".")
         groups.setdefault(parts[-2] if "layers" in parts else name.removesuffix(".weight"), []).append(i)
     table = Table("weights", "number", "cosine of two batches", title=f"{len(rows)} batches of {args.budget} rollouts")
-    args.output.mkdir(exist_ok=True)
+    args = replace(args, output=results_folder(args.output, args.quick))
     with (args.output / "gradient_noise.jsonl").open("w") as file:
         for group, members in groups.items():
             stacked = torch.stack([torch.cat([row[i] for i in members]) for row in rows])

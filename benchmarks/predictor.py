@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from allocation.contrast import FloatArray
 from allocation.predictor import DEPTH_GROUPS, Predictor
 from allocation.predictors import PREDICTORS, MeanPredictor, make_predictor
 from allocation.roots import IntArray
-from benchmarks import config_of
+from benchmarks import config_of, results_folder
 from benchmarks.predictor_rows import SOURCES, Rows, record
 
 BAR_SKILL, BAR_AUC = 0.15, 0.75
@@ -201,7 +201,7 @@ def main(args: Args) -> bool:
     rows = collect_rows(args, console)
     start = 1 if args.quick else args.start
     width = rows.features.shape[1]
-    args.output.mkdir(parents=True, exist_ok=True)
+    args = replace(args, output=results_folder(args.output, args.quick))
     table = Table(
         *("predictor", "learned", "judged", "skill", "ceiling", "ECE", "AUC"),
         *(f"at {name.removeprefix('depth_').replace('_', '-')}" for name, _, _ in DEPTH_GROUPS),

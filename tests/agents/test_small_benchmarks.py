@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from rank_bm25 import BM25Okapi
 
+from benchmarks import RESULTS, environment, results_folder, retrieval, tool_turns
 from benchmarks import all as every
-from benchmarks import environment, retrieval, tool_turns
 from trace_envs.multihop_qa import MultiHopQAEnv
 from trace_envs.multihop_qa.retrieval import BM25Index, tokenize
+from trace_envs.state import FinalAnswer, ToolCall
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +78,23 @@ def test_every_benchmark_is_there():
         assert "quick" in module.Args.__dataclass_fields__, name
     with pytest.raises(ValueError, match="unknown benchmark 'speed'; known: snapshots"):
         every.Args(only=("speed",))
+
+
+def test_small_runs_leave_the_committed_results_alone(tmp_path):
+    assert results_folder(RESULTS, quick=False) == RESULTS and results_folder(tmp_path, quick=True) == tmp_path
+    small = results_folder(RESULTS, quick=True)
+    assert small != RESULTS and small.is_dir()
+
+
+def test_gem_is_shown_the_same_turns_in_its_own_tags():
+    search = environment.for_gem("First this.", ToolCall("search", {"query": "the river"}))
+    assert search == "<think>First this.</think><search>the river</search>"
+    assert environment.for_gem("So.", FinalAnswer("Oslo")) == "<think>So.</think><answer>Oslo</answer>"
+    found = environment.against_gem({"seconds": {"http": 4e-3, "free": 5e-5}, "correct": {"http": 0.3}}, 1e-3)
+    assert (
+        found["gem_http_ratio"] == pytest.approx(4)
+        and found["gem_free_ratio"] == pytest.approx(0.05)
+        and found["gem_met"]
+    )
+    rows = [{"data": "x", "turns_per_second": 1000.0, **found}]
+    assert len(environment.gem_cells(rows)) == 2 and environment.gem_cells([{"data": "x"}]) == []

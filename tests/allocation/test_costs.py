@@ -285,13 +285,17 @@ def test_a_budget_below_one_group_is_raised_to_one_and_logged(caplog):
 def test_cost_aware_roots_go_to_the_shorter_of_equal_prompts():
     world = LengthWorld(dim=6, prompts=2000)
     shares = {}
-    for aware in (False, True):
-        method, rng = allocator(cost_aware=aware, root_value="uniform", explore=0.0), np.random.default_rng(0)
+    for aware, roots in ((False, True), (True, True), (True, False)):
+        config = {"cost_aware": aware, "cost_aware_roots": roots, "root_value": "uniform", "explore": 0.0}
+        method, rng = allocator(**config), np.random.default_rng(0)
         for _ in range(6):
             forest = replay(world, method, 96, rng)
             method.update(forest)
-        shares[aware] = np.mean([world.length(int(t.key)) for t in forest])
-    assert shares[True] < 0.7 * shares[False]
+        shares[aware, roots] = np.mean([world.length(int(t.key)) for t in forest])
+        first = next(iter(forest))
+        assert (method.charges.prefix_costs(first, [first.root]) is not None) == aware
+    assert shares[True, True] < 0.7 * shares[False, True]
+    assert shares[True, False] == pytest.approx(shares[False, True], rel=0.1)
 
 
 def test_the_costs_are_checkpointed_with_the_method():
