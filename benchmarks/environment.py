@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -75,6 +76,13 @@ class Args:
     quick: bool = False
     check: bool = False
     output: Path = Path("results")
+
+    def __post_init__(self) -> None:
+        if self.gem is not None and shutil.which(self.gem) is None:
+            raise ValueError(
+                f"gem must be an interpreter of an environment that has gem-llm, there is no program {self.gem!r}; make one with "
+                "python -m venv .venv-gem && .venv-gem/bin/pip install gem-llm==0.1.0 datasets requests"
+            )
 
 
 class RankBM25:

@@ -173,7 +173,7 @@ def verdicts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
         return []
     ratio = ours["ratio_tree"].mean / max(named[BASE]["ratio_tree"].mean, 1e-9)
     gain = ours["gain"]
-    bounds = "" if np.isnan(gain.low) else f"[{100 * gain.low:.1f}, {100 * gain.high:.1f}]"
+    bounds = "" if np.isnan(gain.low) else f" [{100 * gain.low:.1f}, {100 * gain.high:.1f}]"
     part = ours["tokens_to_base"]
     reached = "is not reached by half of the seeds" if np.isinf(part) else f"with {part:.2f} of its tokens"
     rivals = [
@@ -182,7 +182,7 @@ def verdicts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
     return [
         (f"effective ratio {ratio:.2f} times that of {BASE} (bar {RATIO_BAR})", ratio >= RATIO_BAR),
         (
-            f"accuracy {100 * gain.mean:+.1f} points {bounds} over {BASE}, {gain.count} seeds "
+            f"accuracy {100 * gain.mean:+.1f} points{bounds} over {BASE}, {gain.count} seeds "
             f"(bar +{100 * GAIN_BAR:.1f}, interval above 0)",
             gain.mean >= GAIN_BAR and gain.low > 0,
         ),

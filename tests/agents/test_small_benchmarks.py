@@ -98,3 +98,8 @@ def test_gem_is_shown_the_same_turns_in_its_own_tags():
     )
     rows = [{"data": "x", "turns_per_second": 1000.0, **found}]
     assert len(environment.gem_cells(rows)) == 2 and environment.gem_cells([{"data": "x"}]) == []
+
+
+def test_an_interpreter_that_is_not_there_is_named_at_once():
+    with pytest.raises(ValueError, match="there is no program '/nowhere/python'; make one with"):
+        environment.Args(gem="/nowhere/python")
