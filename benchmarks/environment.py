@@ -80,8 +80,8 @@ class Args:
     def __post_init__(self) -> None:
         if self.gem is not None and shutil.which(self.gem) is None:
             raise ValueError(
-                f"gem must be an interpreter of an environment that has gem-llm, there is no program {self.gem!r}; make one with "
-                "python -m venv .venv-gem && .venv-gem/bin/pip install gem-llm==0.1.0 datasets requests"
+                f"gem must be an interpreter of an environment that has gem-llm, there is no program {self.gem!r}; "
+                "make one with python -m venv .venv-gem && .venv-gem/bin/pip install gem-llm==0.1.0 datasets requests"
             )
 
 
