@@ -21,6 +21,9 @@ from allocation.contrast import FloatArray, check_cost
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
+CHOICES = ("best", "proportional")
+"""Which prompts of a pool are opened: those of the largest values, or prompts drawn in proportion to their values."""
+
 _CORE = 24
 """Prompts solved exactly around the margin: about a millisecond, and beyond twenty the objective no longer moves."""
 
@@ -69,6 +72,7 @@ def plan_roots(
     m_min: int = 4,
     m_max: int = 16,
     explore: float = 0.1,
+    choice: str = "best",
     last_sampled: npt.ArrayLike | None = None,
     rng: np.random.Generator,
     cost: npt.ArrayLike | None = None,
@@ -90,6 +94,7 @@ def plan_roots(
         explore: Share of the budget, in [0, 1], spent on bundles of m_min at prompts drawn uniformly without
             replacement. A fraction of a bundle is rounded up or down at random, so that the share holds on average.
             These prompts may grow.
+        choice: `best` for the maximum over all prompts, `proportional` for that over prompts drawn by :func:`draw_prompts`.
         last_sampled: number[n], when each prompt was last sampled (smaller is longer ago); among prompts of equal value
             the least recent goes first. None treats all alike.
         rng: Draws the explored prompts and breaks the remaining ties, never the index.
@@ -118,6 +123,7 @@ def plan_roots(
         raise ValueError(f"last_sampled must hold one number for each of {n} prompts, got shape {age.shape}")
 
     explored, chance = explored_prompts(n, budget, m_min, explore, rng)
+    values = draw_prompts(values, explored, most, m_min, rng) if check_choice(choice) == "proportional" else values
     order = np.lexsort((rng.permutation(n), age))
     counts = spend_rollouts(values, explored, order, budget, most, m_min, m_max)
     return RootPlan(counts, explored, chance)
@@ -182,6 +188,46 @@ def explored_prompts(
     explored = np.zeros(n, dtype=bool)
     explored[rng.choice(n, size=bundles, replace=False) if n else []] = True
     return explored, chance
+
+
+def check_choice(choice: str) -> str:
+    """Returns the name of a way to choose prompts.
+
+    Raises:
+        ValueError: It is unknown.
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"unknown root_choice {choice!r}; known: {', '.join(CHOICES)}")
+    return choice
+
+
+def draw_prompts(values: FloatArray, kept: BoolArray, most: int, m_min: int, rng: np.random.Generator) -> FloatArray:
+    """Draws prompts with chances proportional to the value of their smallest group, and takes all value from the others.
+
+    The best prompts of a pool are always of the same kind, those near one half now; what is learned from them alone disturbs
+    what was known of the rest. Drawn in proportion, a prompt that is worth half as much comes half as often, and one that
+    teaches nothing hardly ever. Drawing is without replacement: one after the other, each from what is left.
+
+    Source: this project, docs/algorithm.md section 1; drawn by the largest log value plus Gumbel noise, which is the same as
+    by the keys of Efraimidis and Spirakis (2006).
+
+    Args:
+        values: float[n, > m_min], f_i(m) with zeros in column 0.
+        kept: bool[n], prompts that keep their value without being drawn, such as those explored.
+        most: Prompts to be left with a value, the kept ones among them.
+        m_min: Smallest group.
+        rng: Draws.
+
+    Returns:
+        float of the shape of `values`.
+    """
+    weight = np.maximum(values[:, m_min], 0.0)
+    with np.errstate(divide="ignore"):
+        keys = np.log(weight) + rng.gumbel(size=weight.size)
+    keys[kept] = np.inf
+    drawn = np.zeros(weight.size, dtype=bool)
+    drawn[np.argsort(-keys, kind="stable")[: max(most, int(kept.sum()))]] = True
+    return np.where(drawn[:, None], values, 0.0)
 
 
 def largest_budget(n: int, budget: int, m_min: int, m_max: int) -> int:

@@ -14,7 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from allocation.contrast import FloatArray, check_cost
-from allocation.roots import BoolArray, IntArray, RootPlan, check_table, root_objective, spend_rollouts
+from allocation.roots import (
+    BoolArray,
+    IntArray,
+    RootPlan,
+    check_choice,
+    check_table,
+    draw_prompts,
+    root_objective,
+    spend_rollouts,
+)
 
 _CORE = 48
 """Prompts solved again around the margin."""
@@ -40,6 +49,7 @@ def plan_token_roots(
     m_min: int = 4,
     m_max: int = 16,
     explore: float = 0.1,
+    choice: str = "best",
     last_sampled: npt.ArrayLike | None = None,
     core: bool = True,
     rng: np.random.Generator,
@@ -64,6 +74,7 @@ def plan_token_roots(
         explore: Share of the tokens (at the pool's mean cost) or of the rollouts, whichever are scarcer, in [0, 1], spent on
             bundles at prompts drawn uniformly. Held to as many bundles as fit whichever are drawn, so that all prompts are
             explored equally often.
+        choice: As in :func:`allocation.roots.plan_roots`; the prompts drawn are as many as both budgets could open.
         last_sampled: number[n], when each prompt was last sampled; of equal prices the least recent goes first.
         core: Whether to solve the core again. Without, a plan takes a tenth of the time and may lose a bundle.
         rng: Draws the explored prompts and breaks the remaining ties.
@@ -91,6 +102,10 @@ def plan_token_roots(
     explored = np.zeros(n, dtype=bool)
     explored[rng.choice(n, size=bundles, replace=False)] = True
     chance = ((1 - fraction) * min(int(share), fit) + fraction * min(int(share) + 1, fit)) / n
+    if check_choice(choice) == "proportional":
+        cheapest = np.cumsum(np.sort(c)) * m_min
+        could = min(int(np.searchsorted(cheapest, tokens * (1 + _SLACK), side="right")), budget // m_min)
+        values = draw_prompts(values / c[:, None], explored, could, m_min, rng) * c[:, None]
 
     order = np.lexsort((rng.permutation(n), age))
     best, best_value = np.zeros(n, dtype=np.int64), -1.0

@@ -122,6 +122,7 @@ class Charges:
         m_min: int,
         m_max: int,
         explore: float,
+        choice: str = "best",
         last_sampled: npt.ArrayLike,
         rng: np.random.Generator,
         first: bool = True,
@@ -136,6 +137,7 @@ class Charges:
             m_min: Smallest group.
             m_max: Largest group.
             explore: Share spread at random.
+            choice: A name of `allocation.roots.CHOICES`.
             last_sampled: When each candidate was last sampled, number [n].
             rng: Draws exploration and ties, and then the plans that inclusion probabilities are estimated from.
             first: Whether a batch begins; loss weights are those of its first wave, so methods with more may not reweight.
@@ -168,11 +170,12 @@ class Charges:
             if cost is not None and tokens is not None:
                 return plan_token_roots(
                     table, tokens, budget, cost=cost, m_min=m_min, m_max=m_max, explore=explore,
-                    last_sampled=last_sampled, core=config.reweight == "none", rng=rng,
+                    choice=choice, last_sampled=last_sampled, core=config.reweight == "none", rng=rng,
                 )  # fmt: skip
             return plan_roots(
-                table, budget, m_min=m_min, m_max=m_max, explore=explore, last_sampled=last_sampled, rng=rng, cost=cost
-            )
+                table, budget, m_min=m_min, m_max=m_max, explore=explore, choice=choice, last_sampled=last_sampled,
+                rng=rng, cost=cost,
+            )  # fmt: skip
 
         counts = plan(rng).counts
         self._charge(candidates, counts, cost)

@@ -20,7 +20,7 @@ from allocation.methods.predicted import PredictedAllocator
 from allocation.methods.trace_config import TraceConfig, TracePlusConfig
 from allocation.predictor import Predictor
 from allocation.prefixes import allocate_prefixes
-from allocation.roots import IntArray, allocate_roots_exact, explored_prompts, largest_budget
+from allocation.roots import IntArray, allocate_roots_exact, draw_prompts, explored_prompts, largest_budget
 from allocation.tree import Forest, Node, Tree
 from allocation.waves import EXACT_LIMIT, further_value
 
@@ -117,18 +117,21 @@ class TraceAllocator(PredictedAllocator):
         table = value.table(alpha, beta, m_max)
         now = self._wave_budget(budget, wave, n)
         explore = min(1.0, config.explore * budget / now)  # its share of the whole, in the first wave
+        choice = "best" if beliefs is None else config.root_choice  # without beliefs all are worth the same
         if wave:
             seen = np.array([tree.outcome_counts("root") for tree in candidates])
-            opened = seen.any(axis=1)
+            opened = np.asarray(seen.any(axis=1))
+            if choice == "proportional":
+                table = draw_prompts(table, opened, int(opened.sum()) + now // config.m_min, config.m_min, rng)
             table[opened] = further_value(value, alpha[opened], beta[opened], seen[opened, 0], seen[opened, 1], m_max)
             return self.charges.spend_more(
                 candidates, table, seen.sum(axis=1), now, m_min=config.m_min, m_max=m_max, rng=rng,
                 share=1 / (config.root_waves - wave),
             )  # fmt: skip
         if config.solver == "exact" and n * now * (m_max - config.m_min + 2) <= EXACT_LIMIT:
-            return self._exact_roots(candidates, table, now, explore, rng)
+            return self._exact_roots(candidates, table, now, explore, choice, rng)
         return self.charges.spend_roots(
-            candidates, table, now, m_min=config.m_min, m_max=m_max, explore=explore,
+            candidates, table, now, m_min=config.m_min, m_max=m_max, explore=explore, choice=choice,
             last_sampled=self.beliefs.last_sampled([t.key for t in candidates]), rng=rng, share=1 / config.root_waves,
         )  # fmt: skip
 
@@ -146,11 +149,19 @@ class TraceAllocator(PredictedAllocator):
         return now if wave else largest_budget(candidates, now, config.m_min, config.m_max)
 
     def _exact_roots(
-        self, candidates: Sequence[Tree], table: FloatArray, budget: int, explore: float, rng: np.random.Generator
+        self,
+        candidates: Sequence[Tree],
+        table: FloatArray,
+        budget: int,
+        explore: float,
+        choice: str,
+        rng: np.random.Generator,
     ) -> IntArray:
         config, cost = self.config, self.charges.root_costs(candidates)
         table = table if cost is None else table / cost[:, None]
         explored, _ = explored_prompts(len(table), budget, config.m_min, explore, rng)
+        if choice == "proportional":
+            table = draw_prompts(table, explored, budget // config.m_min, config.m_min, rng)
         order = rng.permutation(len(table))  # the program gives ties to earlier rows
         counts = np.zeros(len(table), dtype=np.int64)
         counts[order] = allocate_roots_exact(
@@ -260,9 +271,9 @@ class TraceAllocator(PredictedAllocator):
 class TracePlusAllocator(TraceAllocator):
     """`trace_plus` (this project): TRACE's two stages, tuned for gradient signal per token, not for mixed groups.
 
-    The same code as `trace` with other settings (`TracePlusConfig`): prompts by the fall of the gradient's variance (`vip`)
-    under beliefs that count earlier outcomes; a continuation for every other root rollout, from the prefixes of the most open
-    value per expected token, whatever the rollout's own outcome.
+    The same code as `trace` with other settings (`TracePlusConfig`): prompts drawn in proportion to the fall of the gradient's
+    variance (`vip`) under beliefs that count earlier outcomes; a continuation for every other root rollout, from the
+    prefixes of the most open value per expected token, whatever the rollout's own outcome.
 
     Source: docs/algorithm.md section 7; docs/methods.md says what each setting is worth in the arena.
 

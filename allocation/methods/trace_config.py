@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from allocation.contrast import BELIEFS, ROOT_VALUES
 from allocation.methods.charges import ChargeConfig
 from allocation.prefixes import PREFIX_MODES
+from allocation.roots import CHOICES
 from allocation.settings import check_flags, check_numbers, check_whole
 
 SOLVERS = ("greedy", "exact")
@@ -25,6 +26,8 @@ class TraceConfig(ChargeConfig):
         m_max: Most root rollouts of one prompt.
         explore: Share of the root budget that is spread over random candidates.
         root_value: Value function of the root stage: a name of `allocation.contrast.ROOT_VALUES`; the paper's is `plug_in`.
+        root_choice: Which prompts are opened: `best` for those of the largest values, or `proportional` for prompts drawn with
+            chances proportional to their values, so that none that can be learned from is left out for long.
         solver: `greedy`, or `exact` for the dynamic program; batches too large for it (`allocation.waves.EXACT_LIMIT`) are
             planned by `greedy` all the same, whose objective differs by less than a thousandth.
         root_waves: Waves in which the root budget is spent, beliefs being updated in between; the paper has 1. With more, a
@@ -52,6 +55,7 @@ class TraceConfig(ChargeConfig):
     m_max: int = 16
     explore: float = 0.1
     root_value: str = "plug_in"
+    root_choice: str = "best"
     solver: str = "greedy"
     root_waves: int = 1
     continuations: float = 2.0
@@ -69,6 +73,7 @@ class TraceConfig(ChargeConfig):
         super().__post_init__()
         for name, known in (
             ("root_value", sorted(ROOT_VALUES)),
+            ("root_choice", CHOICES),
             ("solver", SOLVERS),
             ("prefix_mode", PREFIX_MODES),
             ("prefix_belief", BELIEFS),
@@ -126,8 +131,8 @@ class TraceConfig(ChargeConfig):
 class TracePlusConfig(TraceConfig):
     """Settings of `TracePlusAllocator`: those of `TraceConfig` with other defaults; docs/methods.md says why each."""
 
-    pool_factor: float = 3.0
     root_value: str = "vip"
+    root_choice: str = "proportional"
     cost_aware: bool = True
     cost_aware_roots: bool = False
     continuations: float = 0.5

@@ -58,6 +58,17 @@ def test_the_chance_to_be_explored_is_that_of_all_draws(exact):
     np.testing.assert_allclose(explored, plans[0][1].explore_chance)
 
 
+def test_prompts_drawn_in_proportion_have_the_probabilities_that_they_are_opened_with():
+    def proportional(rng):
+        return plan_roots(TABLE, 7, explore=0.4, choice="proportional", rng=rng, **BOUNDS)
+
+    estimate = inclusion_probabilities(proportional, 2000, np.random.default_rng(0))
+    rng = np.random.default_rng(1)
+    opened = np.mean([proportional(rng).counts > 0 for _ in range(2000)], axis=0)
+    np.testing.assert_allclose(estimate, opened, atol=0.06)  # four standard errors of the difference
+    assert 0.1 < estimate[3] < estimate[5] < estimate[2]  # p = 0.02, 0.9 and 0.4: off the margin, but not out of reach
+
+
 def test_without_exploration_probabilities_are_one_zero_and_ties():
     table = ROOT_VALUES["plug_in"].table([0.5, 0.01, 0.3, 0.3], [0.5, 0.99, 0.7, 0.7], 2)
 

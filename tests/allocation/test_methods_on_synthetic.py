@@ -14,6 +14,7 @@ from allocation.arena.synthetic import POPULATIONS
 from allocation.arena.worlds import replay
 from allocation.contrast import BELIEFS, ROOT_VALUES
 from allocation.prefixes import PREFIX_MODES
+from allocation.roots import CHOICES
 from allocation.scheduler import Job
 
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -84,6 +85,7 @@ SETTINGS = {
     "pool_factor": st.floats(0.2, 6),
     "explore": st.floats(0.01, 1),
     "root_value": st.sampled_from(sorted(ROOT_VALUES)),
+    "root_choice": st.sampled_from(CHOICES),
     "continuations": st.floats(0, 4),
     "prefix_mode": st.sampled_from(PREFIX_MODES),
     "prefix_belief": st.sampled_from(BELIEFS),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocation.contrast import ROOT_VALUES
-from allocation.roots import allocate_roots, allocate_roots_exact, plan_roots, root_objective
+from allocation.roots import allocate_roots, allocate_roots_exact, draw_prompts, plan_roots, root_objective
 
 
 @st.composite
@@ -185,3 +185,61 @@ def test_a_table_with_nan_names_its_row():
         allocate_roots(table, 8, rng=np.random.default_rng(0))
     with pytest.raises(ValueError, match="one column for each m"):
         allocate_roots(np.zeros((3, 9)), 8, rng=np.random.default_rng(0))
+
+
+def drawn_one_after_the_other(weight, most):
+    """Exact chance of each prompt to be among the first `most` of draws without replacement, by enumeration."""
+    chance = np.zeros(len(weight))
+    for sequence in itertools.permutations(range(len(weight)), most):
+        p, left = 1.0, sum(weight)
+        for i in sequence:
+            p *= weight[i] / left
+            left -= weight[i]
+        chance[list(sequence)] += p
+    return chance
+
+
+def test_prompts_are_drawn_in_proportion_to_their_values():
+    values = np.outer([1.0, 2.0, 4.0, 0.5, 0.0], [0, 0, 1.0, 1.5])
+    rng, draws, kept = np.random.default_rng(0), 6000, np.zeros(5, dtype=bool)
+    found = np.mean([draw_prompts(values, kept, 2, 2, rng)[:, 2] > 0 for _ in range(draws)], axis=0)
+    exact = drawn_one_after_the_other([1.0, 2.0, 4.0, 0.5], 2)
+    # A share of 6000 draws has a standard error of at most 0.0065.
+    np.testing.assert_allclose(found, [*exact, 0.0], atol=0.026)
+
+
+def test_kept_prompts_are_never_drawn_out_and_others_keep_their_values():
+    values = np.outer(np.arange(1.0, 9), [0, 1.0, 1.5])
+    kept = np.array([True, True, True, False, False, False, False, False])
+    for most, left in ((1, 3), (5, 5), (99, 8)):
+        found = draw_prompts(values, kept, most, 1, np.random.default_rng(most))
+        alive = found[:, 1] > 0
+        assert alive.sum() == left and alive[kept].all()
+        np.testing.assert_array_equal(found[alive], values[alive])
+
+
+@settings(max_examples=100, deadline=None)
+@given(instances(), st.sampled_from([0.0, 0.1, 1.0]), st.integers(0, 99))
+def test_proportional_plans_spend_the_budget_within_the_bounds(instance, explore, seed):
+    table, budget, m_min, m_max = instance
+    plan = plan_roots(
+        table, budget, m_min=m_min, m_max=m_max, explore=explore, choice="proportional", rng=np.random.default_rng(seed)
+    )
+    check(plan.counts, budget, m_min, m_max)
+    assert (plan.counts[plan.explored] >= m_min).all()
+
+
+def test_proportional_plans_open_half_as_good_prompts_half_as_often_and_worthless_ones_never():
+    v = np.repeat([0.5, 0.8536, 0.0], 400)  # p (1 - p) is 1/4, 1/8 and 0
+    table = ROOT_VALUES["vip"].table(1e6 * v + 1e-9, 1e6 * (1 - v) + 1e-9, 8)
+    rng = np.random.default_rng(3)
+    plans = [plan_roots(table, 160, m_min=4, m_max=8, explore=0.0, choice="proportional", rng=rng) for _ in range(30)]
+    good, half, none = np.mean([(p.counts > 0).reshape(3, 400).sum(axis=1) for p in plans], axis=0)
+    # 40 of 800: the pool is hardly thinned by what was drawn before. Growing prompts leave a few closed.
+    assert good / half == pytest.approx(2.0, abs=0.35)
+    assert none == 0 and good + half > 30
+
+
+def test_an_unknown_choice_is_named():
+    with pytest.raises(ValueError, match="unknown root_choice 'top'; known: best, proportional"):
+        plan_roots(np.ones((4, 17)), 8, choice="top", rng=np.random.default_rng(0))

@@ -124,6 +124,29 @@ def test_where_rollouts_are_scarce_the_answer_is_that_of_the_root_stage():
     assert tokened.counts.sum() == 97
 
 
+@settings(max_examples=60, deadline=None)
+@given(instances(), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 99))
+def test_prompts_drawn_in_proportion_stay_within_the_tokens(instance, explore, seed):
+    table, cost, tokens, m_min, m_max = instance
+    kwargs = {"cost": cost, "m_min": m_min, "m_max": m_max, "explore": explore, "choice": "proportional"}
+    plan = plan_token_roots(table, tokens, 1000, rng=np.random.default_rng(seed), **kwargs)
+    assert cost @ plan.counts <= tokens * (1 + 1e-9) and plan.counts.any()
+    assert ((plan.counts == 0) | ((plan.counts >= m_min) & (plan.counts <= m_max))).all()
+    assert (plan.counts[plan.explored] >= m_min).all()
+
+
+def test_prompts_of_half_the_gain_per_token_are_drawn_half_as_often():
+    table = np.outer(np.ones(900), [0.0, 0.0, 1.0])
+    cost = np.repeat([10.0, 20.0, 1000.0], 300)
+    rng, kwargs = (
+        np.random.default_rng(0),
+        {"cost": cost, "m_min": 2, "m_max": 2, "explore": 0.0, "choice": "proportional"},
+    )
+    plans = [plan_token_roots(table, 1000, 30, core=False, rng=rng, **kwargs) for _ in range(100)]
+    cheap, double, dear = np.mean([p.counts.reshape(3, 300).sum(axis=1) for p in plans], axis=0) / 2
+    assert cheap / double == pytest.approx(2.0, abs=0.5) and dear < 1
+
+
 def test_cheap_prompts_win_among_equals():
     table = ROOT_VALUES["plug_in"].table(np.ones(6), np.ones(6), 4)
     cost = np.array([50.0, 10, 50, 10, 50, 10])

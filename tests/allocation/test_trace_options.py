@@ -83,6 +83,7 @@ def test_trace_plus_takes_its_own_settings_only():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"root_choice": "top"}, "unknown root_choice 'top'; known: best, proportional"),
         ({"solver": "magic"}, "unknown solver 'magic'; known: greedy, exact"),
         ({"root_waves": 0}, "root_waves must be at least 1, got 0"),
         ({"prefix_waves": -1}, "prefix_waves must be at least 1, got -1"),
