@@ -57,7 +57,8 @@ class Args:
         points: Evaluations on the way, besides those at the two ends.
         per_level: Tasks of each level in those.
         final_per_level: Tasks of each level in the evaluations at the end.
-        last: Checkpoints that are evaluated at the end, the last ones; accuracy is their mean.
+        last: Checkpoints that are evaluated at the end, the last ones; accuracy is their mean. Evaluation sets beside the main
+            one are given to the very last.
         jobs: Runs side by side, one thread each; 0 for one to each core.
         tune: Choose step sizes instead of comparing.
         quick: Three methods, two seeds, a few small updates, and no files: under five minutes.

@@ -111,7 +111,8 @@ class Size:
         budget: Rollouts of each.
         points: Evaluations on the way, besides those at the two ends.
         per_level: Tasks of each level in those.
-        final_per_level: Tasks of each level in the evaluations at the end, one for each of the last checkpoints.
+        final_per_level: Tasks of each level in the evaluations at the end, one for each of the last checkpoints on the main set
+            and one of the very last on others.
         last: Number of these checkpoints.
     """
 

@@ -34,6 +34,8 @@ from benchmarks.reproduce_grid import WORLDS, Cell
 ROW = "row.json"
 BINS = 10
 """Stretches of a run in a heat map."""
+SLOTS = 256
+"""Episodes side by side at the end: a step of a small model takes little longer for many."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,20 @@ def launch(cell: Cell, runs: Path, warm_starts: Sequence[str]) -> dict[str, Any]
 
 
 def final_figures(config: TrainConfig, cell: Cell) -> dict[str, Any]:
-    """Returns the accuracies of the last checkpoints on each evaluation set, means over the checkpoints."""
+    """Returns the accuracies on each evaluation set: means over the last checkpoints on the main one, the very last on others."""
     world = WORLDS[cell.world]
     sets = {cell.split: world.sets.get(cell.split, {})} | (dict(world.sets) if cell.split in world.sets else {})
     figures: dict[str, Any] = {}
     checkpoints = list_checkpoints(config.directory / "checkpoints")[-cell.size.last :]
     for name, arguments in sets.items():
         records = []
-        for path in checkpoints:
+        for path in checkpoints if name == cell.split else checkpoints[-1:]:
             model, tokenizer = load_model(str(path))
             kwargs = with_split(config.env_id, {**config.env.kwargs(), **arguments}, name)
             limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
             policy = TransformersPolicy(model, tokenizer, **limits, seed=config.seed + 1)
             ids = eval_task_ids(config.env_id, kwargs, cell.size.final_per_level)
-            records.append(evaluate(policy, config.env_id, kwargs, ids))
+            records.append(evaluate(policy, config.env_id, kwargs, ids, num_envs=SLOTS))
         kept = [key for key in records[0] if key.split("/")[1] in ("accuracy", "em", "f1") or "by_level" in key]
         figures[name] = {key.removeprefix("eval/"): float(np.mean([r[key] for r in records])) for key in kept}
     return figures
