@@ -76,7 +76,7 @@ def launch(cell: Cell, runs: Path, warm_starts: Sequence[str]) -> dict[str, Any]
 
 
 def final_figures(config: TrainConfig, cell: Cell) -> dict[str, Any]:
-    """Returns the accuracies on each evaluation set: means over the last checkpoints on the main one, the very last on others."""
+    """Returns the accuracies on each evaluation set: the mean of the last checkpoints on the main one, else the last one's."""
     world = WORLDS[cell.world]
     sets = {cell.split: world.sets.get(cell.split, {})} | (dict(world.sets) if cell.split in world.sets else {})
     figures: dict[str, Any] = {}
