@@ -65,7 +65,7 @@ class Args:
     regimes: tuple[str, ...] = ()
     methods: tuple[str, ...] = (
         *("grpo", "pcl", "mopps", "vip", "treepo", "tree_grpo", "arpo", "trace", "trace_roots"),
-        *("trace_plus", "trace_plus_roots", "trace_plus_prefixes"),
+        *("trace_plus", "trace_plus_top", "trace_plus_roots", "trace_plus_prefixes"),
     )
     seeds: int = 12
     turns: int = 6_000

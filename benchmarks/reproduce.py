@@ -1,7 +1,8 @@
 """The paper's table at a size that two cores can run: methods x environments x pools of prompts x seeds.
 
-Every run is a training run in a process of its own, resumed if it was broken off and never done twice; rows come out seed by
-seed, so that whatever is there when time runs out is paired. Step sizes are chosen for each method on the validation split, by
+Every run is a training run in a process of its own, resumed if it was broken off and never done twice: a row in the file of
+results counts as done while no setting has changed since. Rows come out seed by seed and are written at once, so that whatever
+is there when time runs out is paired. Step sizes are chosen for each method on the validation split, by
 seeds that no comparison uses (`--tune`), and kept in `results/reproduce_steps.json`.
 
     python -m benchmarks.reproduce --quick
@@ -17,7 +18,7 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,7 +65,7 @@ class Args:
         quick: Three methods, two seeds, a few small updates, and no files: under five minutes.
         check: Exit with status 1 if a learning bar of PERFORMANCE.md is missed; without a run it judges the committed rows.
         runs: Where runs are kept.
-        output: Directory of the results.
+        output: Directory of the results. Runs whose rows are there are not done again; for that, name another one.
     """
 
     worlds: tuple[str, ...] = ("multihop",)
@@ -106,26 +107,68 @@ class Args:
         return Size(self.updates, self.budget, self.points, self.per_level, self.final_per_level, self.last)
 
     @property
+    def starts(self) -> tuple[str, ...]:
+        """The warm starts, of which the seed picks one."""
+        return self.warm_starts or ("tiny",)
+
+    @property
     def all_methods(self) -> list[str]:
         """The methods by name, each once."""
         groups = {"main": MAIN, "ablation": ABLATION}
         return list(dict.fromkeys(m for name in self.methods for m in groups.get(name, (name,))))
 
 
-def run_all(todo: Sequence[Cell], args: Args, console: Console) -> list[dict[str, Any]]:
-    """Does the runs, some side by side; returns the rows of those that succeeded and says which failed."""
+def run_all(
+    todo: Sequence[Cell], args: Args, console: Console, done: Callable[[dict[str, Any]], None] | None = None
+) -> list[dict[str, Any]]:
+    """Does runs, some side by side.
+
+    Args:
+        todo: The runs.
+        args: The settings.
+        console: Where it is said which of them failed.
+        done: Called with each row as it comes.
+
+    Returns:
+        The rows of the runs that succeeded.
+    """
     jobs = args.jobs or len(os.sched_getaffinity(0))
-    starts = args.warm_starts or ("tiny",)
     rows = []
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(launch, cell, args.runs, starts): cell for cell in todo}
+        futures = {pool.submit(launch, cell, args.runs, args.starts): cell for cell in todo}
         for future in track(as_completed(futures), description="runs", total=len(todo), console=console):
             try:
                 rows.append(future.result())
             except RuntimeError as error:
                 console.print(f"[red]{error}", highlight=False)
-    order = {cell.name: i for i, cell in enumerate(todo)}
-    return sorted(rows, key=lambda row: order[Cell.of(row).name])
+            else:
+                if done is not None:
+                    done(rows[-1])
+    return rows
+
+
+def is_done(row: Mapping[str, Any], todo: Mapping[Cell, str]) -> bool:
+    """Returns whether a row is that of a run as it would be done now; `todo` gives the fingerprints of runs."""
+    return todo.get(Cell.of(row)) == row.get("fingerprint", "")
+
+
+def ranked(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns rows in the order of the grid, comparison by comparison."""
+    pools = list(WORLDS["multihop"].pools)
+    places = {name: i for i, name in enumerate((*WORLDS, *pools, *METHODS))}
+
+    def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        names = [places[row[key]] for key in ("world", "pool", "method")]
+        return *names[:2], tuple(row["size"].values()), row["split"], row["seed"], names[2], row["step"]
+
+    return sorted(rows, key=place)
+
+
+def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes rows, all or nothing."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in ranked(rows)))
+    part.replace(path)
 
 
 def tune(args: Args, console: Console) -> None:
@@ -230,7 +273,7 @@ def main(args: Args) -> bool:
         with tempfile.TemporaryDirectory() as folder:
             args = replace(args, runs=Path(folder), methods=("grpo", "pcl", "trace_plus"), seeds=2)
             todo = list(cells(args.worlds, args.pools, args.all_methods, range(2), {}, split="test", size=QUICK))
-            rows = run_all(todo, args, console)
+            rows = ranked(run_all(todo, args, console))
             report(rows, console, judge=False)
             return len(rows) == len(todo)
     if args.tune:
@@ -241,17 +284,20 @@ def main(args: Args) -> bool:
             console.print(f"there are no results in {rows_file}: run python -m benchmarks.reproduce first")
             return False
         return report([json.loads(line) for line in rows_file.read_text().splitlines()], console)
-    size = args.size
-    todo = list(
-        cells(args.worlds, args.pools, args.all_methods, range(args.seeds), tuned(args.output), split="test", size=size)
-    )
-    rows = run_all(todo, args, console)
+    steps = tuned(args.output)
+    grid = cells(args.worlds, args.pools, args.all_methods, range(args.seeds), steps, split="test", size=args.size)
+    todo = {cell: cell.fingerprint(args.starts) for cell in grid}
     args.output.mkdir(parents=True, exist_ok=True)
-    known = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
-    new = {Cell.of(row) for row in rows}
-    kept = [row for row in known if Cell.of(row) not in new] + [row | {"config": config_of(args)} for row in rows]
-    rows_file.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    return report(kept, console, args.output)
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
+    known = {Cell.of(row) for row in rows if is_done(row, todo)}
+    shared = {"config": config_of(args)}
+
+    def done(row: dict[str, Any]) -> None:
+        rows[:] = [other for other in rows if Cell.of(other) != Cell.of(row)] + [row | shared]
+        save(rows_file, rows)
+
+    run_all([cell for cell in todo if cell not in known], args, console, done)
+    return report(ranked(rows), console, args.output)
 
 
 if __name__ == "__main__":

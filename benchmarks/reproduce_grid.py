@@ -6,8 +6,10 @@ s modulo their number.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ METHODS: Mapping[str, Method] = {
     "trace_prefixes": _trace("TRACE at random prompts", root_value="uniform", pool_factor=1.0),
     "trace_neither": _trace("random prompts, no prefixes", root_value="uniform", pool_factor=1.0, continuations=0.0),
     "trace_plus": _ours("ours"),
+    "trace_plus_top": _ours("ours at the best prompts, not at drawn ones", root_choice="best", pool_factor=3.0),
     "trace_plus_roots": _ours("ours without its prefix stage", continuations=0.0),
     "trace_plus_prefixes": _ours("ours at random prompts", root_value="uniform", pool_factor=1.0),
 }
@@ -65,7 +68,7 @@ METHODS: Mapping[str, Method] = {
 MAIN = ("grpo", "grpo_4", "dapo", "pcl", "mopps", "vip", "treepo", "tree_grpo", "arpo", "trace", "trace_plus")
 ABLATION = (
     *("grpo", "trace_neither", "trace_prefixes", "trace_roots", "trace"),
-    *("trace_plus_prefixes", "trace_plus_roots", "trace_plus"),
+    *("trace_plus_prefixes", "trace_plus_roots", "trace_plus_top", "trace_plus"),
 )
 
 
@@ -161,17 +164,29 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name of its folder; runs that differ in anything have different ones."""
+        """What it is called; runs that differ in a field have different names."""
         size = "-".join(str(value) for value in vars(self.size).values())
         return f"{self.world}-{self.pool}-{self.method}-{self.seed}-{self.step:g}-{self.split}-{size}"
 
+    def fingerprint(self, warm_starts: Sequence[str]) -> str:
+        """Returns 12 hex digits of all settings of the run: another default of a method or of training gives others."""
+        config = asdict(self._config(warm_starts))
+        for method in {"trace", "trace_plus"} - {config["allocator"]}:
+            del config[method]  # settings of a method that is not used
+        text = json.dumps(config, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
     def config(self, folder: Path, warm_starts: Sequence[str]) -> TrainConfig:
-        """Returns the settings of the run.
+        """Returns the settings of the run; its folder is named by the run and by its fingerprint.
 
         Args:
             folder: Where runs are kept.
             warm_starts: Models to start from; the seed picks one.
         """
+        name = f"{self.name}-{self.fingerprint(warm_starts)}"
+        return replace(self._config(warm_starts), runs=folder, name=name)
+
+    def _config(self, warm_starts: Sequence[str]) -> TrainConfig:
         world, size = WORLDS[self.world], self.size
         plain = TrainConfig()
         model = warm_starts[self.seed % len(warm_starts)]
@@ -194,8 +209,6 @@ class Cell:
                 log_trees=0,
                 lr=plain.lr * self.step,
                 gain_lr=plain.gain_lr * self.step,
-                runs=folder,
-                name=self.name,
                 seed=self.seed,
                 threads=1,
             ),

@@ -1,6 +1,7 @@
 """One run of `benchmarks.reproduce`: training, the evaluations at its end, and the row that comes of it.
 
-Invariant: a run that was broken off goes on from its last checkpoint; one that has a row is never done again.
+Invariant: a run that was broken off goes on from its last checkpoint; one that has a row is never done again, unless a setting
+has changed since, which makes it another run with a folder of its own.
 
     python -m benchmarks.reproduce_runs '<cell as JSON>' --runs FOLDER --warm-starts MODEL...
 """
@@ -59,7 +60,7 @@ def launch(cell: Cell, runs: Path, warm_starts: Sequence[str]) -> dict[str, Any]
     Raises:
         RuntimeError: It failed; the message ends with what it printed last.
     """
-    row = runs / cell.name / ROW
+    row = cell.config(runs, warm_starts).directory / ROW
     if not row.exists():
         command = [sys.executable, "-m", "benchmarks.reproduce_runs", json.dumps(asdict(cell)), "--runs", str(runs)]
         done = subprocess.run(
@@ -134,6 +135,7 @@ def row_of(cell: Cell, config: TrainConfig, metrics: Sequence[dict[str, Any]], f
     return {
         **asdict(cell),
         "model": config.model,
+        "fingerprint": config.directory.name.rsplit("-", 1)[1],
         "warm_accuracy": curve[0]["accuracy"],
         "accuracy": accuracy,
         "accuracy_by_pool": by_pool,

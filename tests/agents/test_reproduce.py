@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from agents.config import TrainConfig
+from allocation import TracePlusConfig
 from benchmarks import reproduce, reproduce_runs
-from benchmarks.reproduce_grid import METHODS, QUICK, WORLDS, Cell, Size, cells
+from benchmarks.reproduce_grid import METHODS, QUICK, WORLDS, Cell, Method, Size, cells
 from benchmarks.reproduce_tables import at_tokens, comparisons, first_at, interval, paired, summary
 
 
@@ -127,10 +128,46 @@ def test_runs_are_done_once_and_reported(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_that_fails_is_said_and_the_others_go_on(tmp_path, capsys):
     size = Size(updates=1, budget=16, points=1, per_level=1, final_per_level=1, last=1)
-    todo = [Cell("math", "balanced", m, 0, size=size) for m in ("grpo", "nonsense")]
-    rows = reproduce.run_all(todo, reproduce.Args(worlds=("math",), runs=tmp_path), Console(width=200))
-    assert [r["method"] for r in rows] == ["grpo"]
-    assert "math-balanced-nonsense-0" in capsys.readouterr().out
+    todo = [Cell("math", "balanced", "grpo", seed, size=size) for seed in (0, 1)]
+    args = reproduce.Args(worlds=("math",), warm_starts=("tiny", str(tmp_path / "nothing")), runs=tmp_path)
+    came = []
+    rows = reproduce.run_all(todo, args, Console(width=200), came.append)
+    assert [r["seed"] for r in rows] == [0] and came == rows
+    assert "math-balanced-grpo-1" in capsys.readouterr().out
+
+
+def test_rows_count_as_done_while_no_setting_has_changed(tmp_path, monkeypatch):
+    cell = Cell("math", "balanced", "trace_plus", 1, size=QUICK)
+    now = cell.fingerprint(("tiny",))
+    assert cell.config(tmp_path, ("tiny",)).name.endswith(now) and now == cell.fingerprint(("tiny",))
+    done = row("trace_plus", 1, [0.2, 0.3], fingerprint=now, step=1.0)
+    assert reproduce.is_done(done, {cell: now}) and not reproduce.is_done(done, {})
+    assert cell.fingerprint(("tiny", "other")) != now, "another warm start"
+    other = Cell("math", "balanced", "trace", 1, size=QUICK).fingerprint(("tiny",))
+    changed = Method(METHODS["trace_plus"].settings | {"trace_plus": TracePlusConfig(m_min=5)}, "")
+    monkeypatch.setitem(METHODS, "trace_plus", changed)
+    assert not reproduce.is_done(done, {cell: cell.fingerprint(("tiny",))})
+    assert other == Cell("math", "balanced", "trace", 1, size=QUICK).fingerprint(("tiny",)), "which it is nothing to"
+    assert not reproduce.is_done(row("trace_plus", 1, [0.2, 0.3], step=1.0), {cell: now}), "of an older version"
+
+
+def test_rows_are_kept_in_the_order_of_the_grid_and_other_rows_stay(tmp_path, monkeypatch):
+    path = tmp_path / "reproduce.jsonl"
+    old = row("pcl", 0, [0.2, 0.3], step=1.0)
+    reproduce.save(path, [old])
+    size = vars(Size(updates=7))
+    args = reproduce.Args(worlds=("math",), methods=("trace", "grpo"), seeds=1, updates=7, output=tmp_path)
+
+    def launch(cell, runs, warm_starts):
+        return row(cell.method, cell.seed, [0.2, 0.3], step=1.0, size=size, fingerprint=cell.fingerprint(warm_starts))
+
+    monkeypatch.setattr(reproduce, "launch", launch)
+    monkeypatch.setattr(reproduce, "report", lambda rows, *rest: [(r["size"]["updates"], r["method"]) for r in rows])
+    expected = [(7, "grpo"), (7, "trace"), (QUICK.updates, "pcl")]
+    assert reproduce.main(args) == expected
+    assert [(r["size"]["updates"], r["method"]) for r in map(json.loads, path.read_text().splitlines())] == expected
+    monkeypatch.setattr(reproduce, "launch", lambda *rest: pytest.fail("a run was done twice"))
+    assert reproduce.main(args) == expected
 
 
 def test_where_the_budget_went():
