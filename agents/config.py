@@ -232,9 +232,16 @@ class TrainConfig(LearnerConfig):
 
     @property
     def ignored(self) -> list[str]:
-        """Sections whose settings were given although the allocator has none of them, such as `trace` under `trace_plus`."""
+        """What was given to no effect: settings of another allocator, or of another engine; each with the reason."""
         sections = {"trace": TraceConfig(), "trace_plus": TracePlusConfig()}
-        return [name for name, plain in sections.items() if name != self.allocator and getattr(self, name) != plain]
+        found = [
+            f"settings of {name} are ignored: the allocator is {self.allocator}"
+            for name, plain in sections.items()
+            if name != self.allocator and getattr(self, name) != plain
+        ]
+        if self.compile and self.policy != "transformers":
+            found.append(f"compile is ignored: the policy is {self.policy}, whose compilation is engine.eager")
+        return found
 
     @property
     def directory(self) -> Path:

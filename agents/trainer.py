@@ -60,8 +60,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, resume: bool = False):
         self.config = config = resolve(config, resume=resume)
-        for name in config.ignored:
-            logger.warning("settings of %s are ignored: the allocator is %s", name, config.allocator)
+        for reason in config.ignored:
+            logger.warning("%s", reason)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.update = 0

@@ -1,3 +1,3 @@
-from echo_fixtures import _registered, make_model, model, sampled, tokenizer
+from echo_fixtures import _registered, config, folder, make_model, model, sampled, tokenizer
 
-__all__ = ["_registered", "make_model", "model", "sampled", "tokenizer"]
+__all__ = ["_registered", "config", "folder", "make_model", "model", "sampled", "tokenizer"]

@@ -5,7 +5,9 @@ import pytest
 import torch
 from echo_env import echo_forest, random_model
 
+from agents.config import TrainConfig
 from agents.tiny import build_tokenizer
+from allocation import TracePlusConfig
 
 TEXTS = [
     "Say a b c a b c",
@@ -41,3 +43,30 @@ def sampled(model, tokenizer):
     forest = echo_forest(model, tokenizer)
     assert forest.ledger.continuations > 8 and forest.effective_ratio() > 0
     return forest
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    random_model(tokenizer).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    return TrainConfig(
+        env_id="Echo-v0",
+        model=str(folder),
+        trace_plus=TracePlusConfig(pool_factor=2.0),
+        budget=16,
+        updates=3,
+        lr=3e-3,
+        max_new_tokens=6,
+        num_envs=6,
+        eval_per_level=2,
+        checkpoint_every=1,
+        runs=tmp_path / "runs",
+        name="one",
+        threads=1,
+    )

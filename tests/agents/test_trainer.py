@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from echo_env import EchoEnv, random_model
+from echo_env import EchoEnv
+from training_runs import metrics, train, weights
 
 import agents.evaluate
 from agents.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from agents.cli import main
-from agents.config import EnvConfig, TrainConfig, from_dict, load_config, resolve, to_dict
+from agents.config import load_config, resolve, to_dict
 from agents.figures import batch_figures
 from agents.learner import Learner
 from agents.manifest import read_manifest, write_manifest
@@ -23,54 +24,9 @@ from agents.runlog import RunLog, read_jsonl
 from agents.state_file import read_state, write_state
 from agents.tasks import TaskDeck
 from agents.trainer import Trainer
-from allocation import TracePlusConfig, Tree
+from allocation import Tree
 
 DATA = Path(os.environ.get("TRACE_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("model")
-    random_model(tokenizer).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture
-def config(folder, tmp_path):
-    return TrainConfig(
-        env_id="Echo-v0",
-        model=str(folder),
-        trace_plus=TracePlusConfig(pool_factor=2.0),
-        budget=16,
-        updates=3,
-        lr=3e-3,
-        max_new_tokens=6,
-        num_envs=6,
-        eval_per_level=2,
-        checkpoint_every=1,
-        runs=tmp_path / "runs",
-        name="one",
-        threads=1,
-    )
-
-
-def train(config, resume=False):
-    trainer = Trainer(config, resume=resume)
-    with closing(trainer):
-        trainer.run()
-    return trainer
-
-
-def metrics(config):
-    """The run's records without what depends on the clock."""
-    records = read_jsonl(config.directory / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in records]
-
-
-def weights(config):
-    model, _ = load_model(str(list_checkpoints(config.directory / "checkpoints")[-1]))
-    return torch.cat([p.flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("allocator", ["treepo", "tree_grpo", "arpo", "trace"])
@@ -328,174 +284,6 @@ def test_a_saved_config_runs_again(config):
 def test_other_settings_run_too(config, options):
     train(replace(config, updates=1, **options))
     assert metrics(config)[-1]["update"] == 1
-
-
-# The command line.
-
-
-def command(config, tmp_path, *words):
-    file = tmp_path / "given.yaml"
-    file.write_text(yaml.safe_dump(to_dict(config)))
-    return main(["train", "--config", str(file), *words])
-
-
-def one_line(capsys):
-    err = capsys.readouterr().err.strip().splitlines()
-    assert len(err) == 1 and err[0].startswith("error: "), err
-    return err[0]
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"allocator": "tracy"}, "unknown allocator 'tracy'; known: grpo, "),
-        ({"estimator": "vapo"}, "unknown estimator 'vapo'; known: gae, grpo"),
-        ({"aggregation": "sum"}, "unknown aggregation 'sum'; known: prompt"),
-        ({"model": "/no/such/folder"}, "/no/such/folder is no model folder"),
-        ({"budget": 2}, "budget 2 is smaller than one group of m_min=4"),
-        ({"updates": 0}, "updates must be at least 1, got 0"),
-        ({"group_size": 0}, "group_size must be at least 1, got 0"),
-        ({"eval_per_level": -1}, "eval_per_level must not be negative, got -1"),
-        ({"eval_every": -1}, "eval_every must not be negative, got -1"),
-        ({"log_trees": -1}, "log_trees must not be negative, got -1"),
-        ({"lr_warmup": -1}, "lr_warmup must not be negative, got -1"),
-        ({"threads": -1}, "threads must not be negative, got -1"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive, got 0.0"),
-        ({"lr_schedule": "step"}, "unknown lr_schedule 'step'; known: linear, cosine, constant"),
-        ({"num_envs": 0}, "num_envs must be at least 1, got 0"),
-        ({"device": "gpu"}, "device 'gpu' cannot be used here (Expected one of cpu, cuda"),
-        ({"env_id": "Ecko-v0"}, "there is no environment 'Ecko-v0'; known: TraceMath-v0, TraceMultiHopQA-v0"),
-        ({"env_id": "CartPole-v1"}, "environment 'CartPole-v1' has no task_ids()"),
-        ({"env": {"top_k": 3}}, "environment 'Echo-v0' does not take argument 'top_k'"),
-        ({"learning_rate": 1}, "unknown settings learning_rate; known: advantage_clip, advantage_std, aggregation"),
-        ({"trace": {"N": 2}}, "trace: unknown settings N; known: band, cap_per_rollout"),
-    ],
-)
-def test_mistakes_end_in_one_line(config, tmp_path, capsys, setting, message):
-    file = tmp_path / "given.yaml"
-    file.write_text(yaml.safe_dump(to_dict(config) | setting))
-    assert main(["train", "--config", str(file)]) == 2
-    assert message in one_line(capsys)
-
-
-def test_a_run_that_exists_is_not_written_over(config, tmp_path, capsys):
-    train(replace(config, updates=1))
-    before = (config.directory / "metrics.jsonl").read_bytes()
-    assert command(config, tmp_path) == 2
-    assert "already holds a run. Pass --resume" in one_line(capsys)
-    assert (config.directory / "metrics.jsonl").read_bytes() == before
-
-
-def test_unknown_names_are_found_before_anything_is_loaded():
-    for name in ("allocator", "estimator", "aggregation"):
-        with pytest.raises(ValueError, match=f"unknown {name} 'x'; known: "):
-            TrainConfig(**{name: "x"})
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA can be used here")
-def test_cuda_where_there_is_none(config, tmp_path, capsys):
-    assert command(config, tmp_path, "--device", "cuda") == 2
-    assert "device 'cuda' cannot be used here" in one_line(capsys)
-
-
-def test_a_run_is_resumed_under_its_own_settings(config, capsys):
-    train(replace(config, updates=2, name=None))
-    assert Trainer(replace(config, name=None)).config.name == "trace-2"
-    assert main(["train", "--resume", "--runs", str(config.runs), "--name", "trace", "--updates", "3"]) == 0
-    assert load_config(config.runs / "trace" / "config.yaml") == resolve(replace(config, name="trace"))
-    assert [r["update"] for r in metrics(replace(config, name="trace")) if "train/success" in r] == [1, 2, 3]
-    out = "".join(capsys.readouterr().out.split())
-    assert str(config.runs / "trace") in out, "the directory is not printed"
-    assert main(["train", "--resume", "--runs", str(config.runs), "--name", "tarce"]) == 2
-    assert "tarce is no run (no config.yaml); runs in " in one_line(capsys)
-    assert main(["train", "--resume", "--runs", str(config.runs / "none")]) == 2
-    assert "holds no run named trace*; name one with --name" in one_line(capsys)
-
-
-def test_the_first_free_name_is_taken_and_the_latest_run_resumed(config, tmp_path, capsys):
-    config = replace(config, updates=1, name=None)
-    for name in ("trace", "trace-2", "trace-3"):
-        assert command(config, tmp_path) == 0
-        assert load_config(config.runs / name / "config.yaml").name == name
-    train(replace(config, name="trace-2", updates=2), resume=True)
-    assert main(["train", "--resume", "--runs", str(config.runs), "--dry-run"]) == 0
-    capsys.readouterr()
-    assert main(["train", "--resume", "--runs", str(config.runs), "--updates", "3"]) == 0
-    assert load_config(config.runs / "trace-2" / "config.yaml").updates == 3
-    assert command(config, tmp_path, "--name", "trace-3") == 2
-    assert "trace-3 already holds a run. Pass --resume" in one_line(capsys)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--allocator", "grpo"], "cannot change allocator: allocator is 'trace_plus' in the run, 'grpo' was given"),
-        (["--env.max-turns", "3"], "cannot change env.max_turns: env.max_turns is None in the run, 3 was given"),
-        (["--seed", "1", "--model", "tiny"], "cannot change model, seed: model is '"),
-        (["--env-id", "Other-v0"], "cannot change env_id"),
-    ],
-)
-def test_what_makes_another_run_is_refused_on_resuming(config, capsys, words, message):
-    train(replace(config, updates=1))
-    before = (config.directory / "config.yaml").read_bytes()
-    assert main(["train", "--resume", "--runs", str(config.runs), "--name", "one", *words]) == 2
-    assert message in one_line(capsys)
-    assert (config.directory / "config.yaml").read_bytes() == before
-
-
-def test_a_shipped_model_brings_the_way_it_is_asked(tmp_path):
-    assert EnvConfig().kwargs() == {}
-    runs = {"runs": tmp_path, "name": "x"}
-    tiny = resolve(TrainConfig(**runs)).env
-    assert tiny.kwargs() == {"top_k": 2, "system_prompt": ""}
-    tools = resolve(TrainConfig(**runs, env_id="TraceToolUse-v0")).env
-    assert tools.kwargs() == {"system_prompt": "", "calls_per_turn": 1}
-    given = resolve(TrainConfig(**runs, env=EnvConfig(top_k=5))).env
-    assert given.kwargs() == {"top_k": 5, "system_prompt": ""}
-    assert resolve(TrainConfig(**runs, model="./other")).env.kwargs() == {}
-    assert resolve(TrainConfig(**runs, env_id="Echo-v0")).env.kwargs() == {}
-
-
-def test_nothing_to_resume_and_no_config(config, tmp_path, capsys):
-    assert command(config, tmp_path, "--resume") == 2
-    assert "start the run anew, without --resume" in one_line(capsys)
-    assert main(["train", "--config", str(tmp_path / "none.yaml")]) == 2
-    assert "there is no file" in one_line(capsys)
-    assert main(["tarin"]) == 2
-    assert "unknown command 'tarin'; known: train, evaluate" in one_line(capsys)
-    assert main(["show", str(tmp_path)]) == 2
-    assert "is no run" in one_line(capsys)
-
-
-def test_a_dry_run_prints_the_settings_and_writes_nothing(config, tmp_path, capsys):
-    config = replace(config, name="long-" * 40)
-    assert command(config, tmp_path, "--dry-run", "--lr", "0.5") == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert from_dict(TrainConfig, printed, "printed") == resolve(replace(config, lr=0.5))
-    assert not config.directory.exists()
-
-
-def test_settings_that_are_ignored_are_named(config, caplog):
-    Trainer(replace(config, allocator="grpo")).close()
-    assert "settings of trace_plus are ignored: the allocator is grpo" in caplog.text
-    caplog.clear()
-    Trainer(replace(config, name="two")).close()
-    assert not caplog.text
-
-
-def test_settings_go_through_yaml(config):
-    assert from_dict(TrainConfig, yaml.safe_load(yaml.safe_dump(to_dict(config))), "x") == config
-    assert from_dict(TrainConfig, {}, "x") == TrainConfig()
-    with pytest.raises(ValueError, match=r"given.yaml: expected settings of TrainConfig as a mapping, got list"):
-        from_dict(TrainConfig, [], "given.yaml")
-
-
-def test_a_run_from_the_command_line_ends_with_a_report(config, tmp_path, capsys):
-    assert command(config, tmp_path) == 0
-    assert (config.directory / "report.html").stat().st_size > 1000
-    out = " ".join(capsys.readouterr().out.split())
-    assert "48 rollouts" in out and "3 updates of 16 rollouts, seed 0" in out
-    assert main(["show", str(config.directory)]) == 0
 
 
 def test_the_deck_deals_every_task_before_it_deals_one_again():
