@@ -220,9 +220,8 @@ def verdicts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
     bounds = "" if np.isnan(gain.low) else f" [{100 * gain.low:.1f}, {100 * gain.high:.1f}]"
     part = ours["tokens_to_base"]
     reached = "is not reached by half of the seeds" if np.isinf(part) else f"with {part:.2f} of its tokens"
-    rivals = [
-        r["accuracy"].mean for name, r in named.items() if name not in (ours["method"], "trace_roots", "warm start")
-    ]
+    # Variants of ours, and of TRACE, are no baselines.
+    rivals = [r["accuracy"].mean for name, r in named.items() if name in MAIN and name != ours["method"]]
     return [
         (f"effective ratio {ratio:.2f} times that of {BASE} (bar {RATIO_BAR})", ratio >= RATIO_BAR),
         (

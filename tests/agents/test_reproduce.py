@@ -69,6 +69,13 @@ def test_the_table_pairs_seeds_and_keeps_failures():
     assert not any(judged.values()) and len(judged) == 4
 
 
+def test_only_other_methods_are_baselines():
+    ours = [row("grpo", 0, [0.2, 0.4]), row("trace_plus", 0, [0.2, 0.5]), row("trace_plus_roots", 0, [0.2, 0.6])]
+    ahead = "ahead of every baseline"
+    assert dict(reproduce.verdicts(summary(ours)))[ahead]
+    assert not dict(reproduce.verdicts(summary([*ours, row("trace", 0, [0.2, 0.6])])))[ahead]
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_cell_is_a_run_that_differs_in_its_method_alone(world, method, tmp_path):
