@@ -29,7 +29,7 @@ POLICIES = ("transformers", "vllm")
 """What can sample in training."""
 CRITIC = "critic"
 """Name of the predictor that is the critic itself."""
-NEED_FEATURES = ("hidden_state", "ensemble", CRITIC)
+NEED_FEATURES = ("hidden_state", "logistic", "ensemble", CRITIC)
 """Predictors that read the policy's hidden states."""
 # A checkpoint is of these: another value would be ignored, or make what comes after no continuation of what came before.
 FIXED_ON_RESUME = (
@@ -104,9 +104,9 @@ class TrainConfig(LearnerConfig):
             another of the methods in docs/methods.md.
         trace: Settings of `trace`.
         trace_plus: Settings of `trace_plus`.
-        predictor: What predicts success, for methods that need it: `hidden_state`, `text`, `counts` or `ensemble`; or
-            `critic`, with `--estimator gae`, for the critic itself. If it is left out, `hidden_state`, or `text` with an engine
-            that gives no hidden states.
+        predictor: What predicts success, for methods that need it: `hidden_state`, `logistic`, `text`, `counts` or
+            `ensemble`; or `critic`, with `--estimator gae`, for the critic itself. If it is left out, `hidden_state`, or `text`
+            with an engine that gives no hidden states.
         group_size: Rollouts of a prompt, for methods with groups of a fixed size.
         budget: Rollouts for each update, root rollouts and continuations together.
         updates: Policy updates (`--max-steps` says the same).

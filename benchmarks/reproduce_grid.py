@@ -40,8 +40,9 @@ def _trace(what: str, **settings: Any) -> Method:
     return Method({"allocator": "trace", "estimator": "tree", "trace": TraceConfig(**settings)}, what)
 
 
-def _ours(what: str, **settings: Any) -> Method:
-    return Method({"allocator": "trace_plus", "estimator": "tree", "trace_plus": TracePlusConfig(**settings)}, what)
+def _ours(what: str, predictor: str | None = None, **settings: Any) -> Method:
+    ours = {"allocator": "trace_plus", "estimator": "tree", "trace_plus": TracePlusConfig(**settings)}
+    return Method(ours | ({"predictor": predictor} if predictor else {}), what)
 
 
 METHODS: Mapping[str, Method] = {
@@ -60,6 +61,7 @@ METHODS: Mapping[str, Method] = {
     "trace_neither": _trace("random prompts, no prefixes", root_value="uniform", pool_factor=1.0, continuations=0.0),
     "trace_plus": _ours("ours"),
     "trace_plus_top": _ours("ours at the best prompts, not at drawn ones", root_choice="best", pool_factor=3.0),
+    "trace_plus_ensemble": _ours("ours with two predictors as one", predictor="ensemble"),
     "trace_plus_roots": _ours("ours without its prefix stage", continuations=0.0),
     "trace_plus_prefixes": _ours("ours at random prompts", root_value="uniform", pool_factor=1.0),
 }

@@ -12,6 +12,7 @@ from allocation.predictors.counts import CountsPredictor, MeanPredictor
 from allocation.predictors.ensemble import EnsemblePredictor
 from allocation.predictors.hidden import HiddenStatePredictor
 from allocation.predictors.learned import LearningConfig
+from allocation.predictors.logistic import LogisticPredictor
 from allocation.predictors.text import TextPredictor
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "EnsemblePredictor",
     "HiddenStatePredictor",
     "LearningConfig",
+    "LogisticPredictor",
     "MeanPredictor",
     "TextPredictor",
     "make_predictor",
@@ -27,13 +29,14 @@ __all__ = [
 
 
 def _ensemble(feature_dim: int, seed: int) -> Predictor:
-    # Two heads that read different things err differently; a third member that reads all text helps little and costs most.
-    words_alone = HiddenStatePredictor(0, words=256, seed=seed + 1)
-    return EnsemblePredictor([HiddenStatePredictor(feature_dim, seed=seed), words_alone])
+    # A network and a regression on the same inputs err differently. A narrow prior: the network has the details.
+    regression = LogisticPredictor(feature_dim, prior=300.0)
+    return EnsemblePredictor([HiddenStatePredictor(feature_dim, seed=seed), regression])
 
 
 PREDICTORS: dict[str, Callable[[int, int], Predictor]] = {
     "hidden_state": lambda feature_dim, seed: HiddenStatePredictor(feature_dim, seed=seed),
+    "logistic": lambda feature_dim, seed: LogisticPredictor(feature_dim),
     "text": lambda feature_dim, seed: TextPredictor(seed=seed),
     "counts": lambda feature_dim, seed: CountsPredictor(),
     "ensemble": _ensemble,

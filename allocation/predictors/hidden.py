@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from allocation.predictor import NUM_COUNTS, Anchor, counts_matrix
-from allocation.predictors.hashing import word_ids
+from allocation.predictor import Anchor
+from allocation.predictors.inputs import input_matrix, input_width
 from allocation.predictors.learned import LearnedPredictor, LearningConfig
 
 _STANDARDISED_BATCHES = 20
@@ -48,7 +48,7 @@ class HiddenStatePredictor(LearnedPredictor):
         **learning: Any,
     ):
         self.feature_dim, self.words = feature_dim, words
-        width = feature_dim + words + NUM_COUNTS
+        width = input_width(feature_dim, words)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             first, last = nn.Linear(width, hidden), nn.Linear(hidden, 1)
@@ -60,24 +60,7 @@ class HiddenStatePredictor(LearnedPredictor):
         self._scale = np.ones(width, np.float32)
 
     def _columns(self, anchors: Sequence[Anchor]) -> tuple[np.ndarray, ...]:
-        d, words = self.feature_dim, self.words
-        # Zeros stand for hidden states that nobody computed, such as that of a prompt too long for the model.
-        x = np.zeros((len(anchors), d + words + NUM_COUNTS), np.float32)
-        x[:, d + words :] = counts_matrix(anchors)
-        if d:
-            states = [a.features if a.path_features is None else a.path_features for a in anchors]
-            there = {i: state for i, state in enumerate(states) if state is not None}
-            for state in there.values():
-                if len(state) != d:
-                    raise ValueError(f"the predictor was made for hidden states of size {d}, got {len(state)}")
-            if there:
-                x[list(there), :d] = np.stack(list(there.values()))
-        if words:
-            number: dict[str, int] = {}
-            of = [number.setdefault(a.prompt, len(number)) for a in anchors]
-            bags = [np.bincount(word_ids(prompt, words), minlength=words) for prompt in number]
-            x[:, d : d + words] = np.array(bags, np.float32).reshape(-1, words)[of]
-        return (x,)
+        return (input_matrix(anchors, self.feature_dim, self.words),)
 
     def _inputs(self, columns: Sequence[np.ndarray]) -> list[torch.Tensor]:
         # What hardly varied at first may do so later, and would then be huge.

@@ -72,6 +72,10 @@ class Replay:
         where = np.searchsorted(self._chance, rng.random(count) * self._chance[-1], side="right")
         return np.minimum(where, len(self) - 1)
 
+    def weights(self, clock: int) -> FloatArray:
+        """Returns what each row counts at a time: its weight, times `decay` for each policy update since; float64 [n]."""
+        return self.weight * self.decay ** (clock - self.made)
+
     def mean_age(self, clock: int) -> float:
         """Returns the mean age, in policy updates, of the rows that are drawn; 0 if it is empty."""
         if not len(self):

@@ -79,7 +79,9 @@ def test_a_seed_decides_everything(name):
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown predictor 'gpt'; known: hidden_state, text, counts, ensemble"):
+    with pytest.raises(
+        ValueError, match="unknown predictor 'gpt'; known: hidden_state, logistic, text, counts, ensemble"
+    ):
         make_predictor("gpt")
 
 
